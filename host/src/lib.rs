@@ -1,0 +1,1 @@
+//! Parts of the `dhow` binary; `main.rs` dispatches to them.

@@ -1,0 +1,43 @@
+//! What a guest learns at boot, through QEMU's fw_cfg device and not the kernel command line.
+
+use bincode::{Decode, Encode};
+use std::net::Ipv4Addr;
+
+/// Name of the fw_cfg file with a [`BootConfig`] in bincode.
+pub const BOOT_CONFIG_FILE: &str = "opt/dhow/boot";
+/// Name of the fw_cfg file with the 32 bytes of the boot secret. PID 1 alone reads it.
+pub const SECRET_FILE: &str = "opt/dhow/secret";
+/// Serial (virtio-blk) of the disk with the erofs base.
+pub const BASE_DISK_SERIAL: &str = "dhow-base";
+/// Serial (virtio-blk) of the data disk.
+pub const DATA_DISK_SERIAL: &str = "dhow-data";
+
+/// What the guest's first process needs to know.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct BootConfig {
+    /// The guest's hostname.
+    pub hostname: String,
+    /// The network card's settings; none without a network.
+    pub network: Option<NetworkConfig>,
+    /// Environment of the daemons and of exec: proxy variables of the host.
+    pub environment: Vec<(String, String)>,
+    /// The host's clock, nanoseconds since 1970, when it wrote this.
+    pub unix_nanos: u64,
+    /// `tracing` filter of the agent ("info").
+    pub log_filter: String,
+}
+
+/// Static settings of the guest's network card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct NetworkConfig {
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// Bits of the network's prefix.
+    pub prefix: u8,
+    /// Default gateway.
+    pub gateway: Ipv4Addr,
+    /// Address that the agent's DNS forwarder takes, on `lo`: one that containers reach too.
+    pub dns: Ipv4Addr,
+    /// Largest packet, in bytes.
+    pub mtu: u16,
+}

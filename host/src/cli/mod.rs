@@ -1,0 +1,1 @@
+//! One file a command: arguments → call → what a person or `--json` sees.

@@ -1,0 +1,1 @@
+//! Profile file, defaults, validation (raw → resolved), and where everything lies.

@@ -1,0 +1,1 @@
+//! The docker context that points at a profile.

@@ -1,0 +1,1 @@
+//! Host endpoints that lead to guest ones.

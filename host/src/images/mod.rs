@@ -1,0 +1,1 @@
+//! Image store: find, verify, compose the initramfs.

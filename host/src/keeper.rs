@@ -1,0 +1,1 @@
+//! The dumb parent of the host side.

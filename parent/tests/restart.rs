@@ -1,5 +1,7 @@
 //! A parent and its worker, for real: the worker is this test binary, started again.
 
+#![allow(clippy::unwrap_used, reason = "a test helper may fail loudly")]
+
 use std::ffi::OsString;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;

@@ -1,0 +1,310 @@
+//! The supervisor's end of the device's control socket: the [`Transport`] of the userspace vsock device.
+//!
+//! Two tasks serve the socket, one for each direction, and end with the last [`DeviceClient`] and stream of it.
+//! Answers find their asker by id.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::device::control::{FromDevice, MAX_PREAMBLE, MAX_REPLY, Reason, Stats, ToDevice};
+use super::device::control_socket;
+use super::{OpenRequest, PendingStream, Transport, TransportError};
+
+/// How long after a deadline the device itself is given up: it should have answered by then.
+const GRACE: Duration = Duration::from_secs(2);
+/// How long an answer may take that needs no guest.
+const PROMPT: Duration = Duration::from_secs(10);
+
+/// A connection to the vsock device. Clones share it.
+#[derive(Clone, Debug)]
+pub struct DeviceClient {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    waiting: Arc<Waiting>,
+    outgoing: mpsc::UnboundedSender<Outgoing>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    message: ToDevice,
+    fd: Option<OwnedFd>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    state: Mutex<WaitingState>,
+}
+
+#[derive(Debug, Default)]
+struct WaitingState {
+    last_id: u32,
+    askers: HashMap<u32, oneshot::Sender<FromDevice>>,
+    gone: bool,
+}
+
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, WaitingState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new id. They repeat after four thousand million, when no stream still waits for its fd.
+    fn new_id(&self) -> u32 {
+        let mut state = self.lock();
+        state.last_id = state.last_id.wrapping_add(1);
+        state.last_id
+    }
+
+    fn expect(&self, id: u32) -> Result<oneshot::Receiver<FromDevice>, TransportError> {
+        let mut state = self.lock();
+        if state.gone {
+            return Err(TransportError::DeviceGone);
+        }
+        let (asker, answer) = oneshot::channel();
+        state.askers.insert(id, asker);
+        Ok(answer)
+    }
+
+    fn answer(&self, message: FromDevice) {
+        let id = match &message {
+            FromDevice::Opened { id, .. }
+            | FromDevice::Failed { id, .. }
+            | FromDevice::Attached { id }
+            | FromDevice::AttachFailed { id, .. }
+            | FromDevice::Stats { id, .. } => *id,
+        };
+        // Nobody waits where a stream failed before its fd came: attach will say so.
+        let asker = self.lock().askers.remove(&id);
+        if let Some(asker) = asker {
+            let _ = asker.send(message);
+        }
+    }
+
+    fn device_gone(&self) {
+        let mut state = self.lock();
+        state.gone = true;
+        state.askers.clear();
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The writer ends by itself when the channel is empty and closed, so that a last Cancel is still sent.
+        self.tasks[0].abort();
+    }
+}
+
+impl DeviceClient {
+    /// Takes over a connected SOCK_SEQPACKET socket to the device. Must be called within a tokio runtime.
+    pub fn new(control: OwnedFd) -> io::Result<Self> {
+        // Only its readiness is asked of the type: records are received and sent whole, with their fds.
+        let control = std::os::unix::net::UnixStream::from(control);
+        control.set_nonblocking(true)?;
+        let socket = Arc::new(UnixStream::from_std(control)?);
+        let waiting = Arc::new(Waiting::default());
+        let (outgoing, queue) = mpsc::unbounded_channel();
+        let reader = tokio::spawn(read_answers(Arc::clone(&socket), Arc::clone(&waiting)));
+        let writer = tokio::spawn(write_requests(socket, queue, Arc::clone(&waiting)));
+        Ok(Self {
+            shared: Arc::new(Shared {
+                waiting,
+                outgoing,
+                tasks: [reader, writer],
+            }),
+        })
+    }
+
+    /// The device's numbers.
+    pub async fn stats(&self) -> Result<Stats, TransportError> {
+        let id = self.shared.waiting.new_id();
+        match self
+            .shared
+            .ask(id, ToDevice::Stats { id }, None, PROMPT)
+            .await?
+        {
+            FromDevice::Stats { stats, .. } => Ok(stats),
+            _ => Err(TransportError::DeviceGone),
+        }
+    }
+}
+
+impl Shared {
+    async fn ask(
+        &self,
+        id: u32,
+        message: ToDevice,
+        fd: Option<OwnedFd>,
+        patience: Duration,
+    ) -> Result<FromDevice, TransportError> {
+        let answer = self.waiting.expect(id)?;
+        self.outgoing
+            .send(Outgoing { message, fd })
+            .map_err(|_| TransportError::DeviceGone)?;
+        match tokio::time::timeout(patience, answer).await {
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(_)) => Err(TransportError::DeviceGone),
+            Err(_) => {
+                self.waiting.lock().askers.remove(&id);
+                Err(TransportError::DeviceGone)
+            }
+        }
+    }
+}
+
+impl Transport for DeviceClient {
+    async fn open(&self, request: OpenRequest) -> Result<PendingStream, TransportError> {
+        check("preamble", request.preamble.len(), MAX_PREAMBLE)?;
+        check("reply", request.reply_len, MAX_REPLY)?;
+        let OpenRequest {
+            guest_port,
+            preamble,
+            reply_len,
+            deadline,
+        } = request;
+        let id = self.shared.waiting.new_id();
+        let message = ToDevice::Open {
+            id,
+            guest_port,
+            reply_len: reply_len as u32,
+            deadline_ms: u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX),
+            preamble,
+        };
+        // From here on a drop of this future cancels.
+        let mut ticket = Ticket {
+            shared: Arc::clone(&self.shared),
+            id,
+            live: true,
+        };
+        let answer = self
+            .shared
+            .ask(id, message, None, deadline.saturating_add(GRACE))
+            .await?;
+        match answer {
+            FromDevice::Opened { reply, .. } if reply.len() == reply_len => Ok(PendingStream {
+                reply,
+                inner: ticket,
+            }),
+            FromDevice::Failed { reason, .. } => {
+                ticket.live = false;
+                Err(failure(reason, guest_port, deadline))
+            }
+            _ => Err(TransportError::DeviceGone),
+        }
+    }
+}
+
+fn check(what: &'static str, have: usize, limit: usize) -> Result<(), TransportError> {
+    if have > limit {
+        Err(TransportError::TooLong { what, have, limit })
+    } else {
+        Ok(())
+    }
+}
+
+fn failure(reason: Reason, guest_port: u32, deadline: Duration) -> TransportError {
+    match reason {
+        Reason::Refused => TransportError::Refused(guest_port),
+        Reason::Deadline => TransportError::Deadline(deadline),
+        Reason::TooMany => TransportError::TooMany,
+        Reason::BadFd => TransportError::BadFd,
+        other => TransportError::Reset(other),
+    }
+}
+
+/// The right to a stream without an fd; cancels it when dropped.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    shared: Arc<Shared>,
+    id: u32,
+    live: bool,
+}
+
+impl Ticket {
+    pub(super) async fn attach(mut self, fd: OwnedFd) -> Result<(), TransportError> {
+        let id = self.id;
+        // Cancelled from here on, the fd is on its way and belongs to the device.
+        self.live = false;
+        match self
+            .shared
+            .ask(id, ToDevice::Attach { id }, Some(fd), PROMPT)
+            .await?
+        {
+            FromDevice::Attached { .. } => Ok(()),
+            FromDevice::AttachFailed {
+                reason: Reason::BadFd,
+                ..
+            } => Err(TransportError::BadFd),
+            FromDevice::AttachFailed { reason, .. } | FromDevice::Failed { reason, .. } => {
+                Err(TransportError::Reset(reason))
+            }
+            _ => Err(TransportError::DeviceGone),
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.live {
+            self.shared.waiting.lock().askers.remove(&self.id);
+            let cancel = Outgoing {
+                message: ToDevice::Cancel { id: self.id },
+                fd: None,
+            };
+            let _ = self.shared.outgoing.send(cancel);
+        }
+    }
+}
+
+async fn read_answers(socket: Arc<UnixStream>, waiting: Arc<Waiting>) {
+    loop {
+        match socket
+            .async_io(Interest::READABLE, || control_socket::receive(&*socket))
+            .await
+        {
+            Ok(Some(record)) => match FromDevice::decode(&record.bytes) {
+                Ok(message) => waiting.answer(message),
+                Err(error) => {
+                    tracing::error!(%error, "the vsock device sent nonsense");
+                    break;
+                }
+            },
+            Ok(None) => break,
+            Err(error) => {
+                tracing::error!(%error, "the vsock device's control connection failed");
+                break;
+            }
+        }
+    }
+    waiting.device_gone();
+}
+
+async fn write_requests(
+    socket: Arc<UnixStream>,
+    mut queue: mpsc::UnboundedReceiver<Outgoing>,
+    waiting: Arc<Waiting>,
+) {
+    while let Some(Outgoing { message, fd }) = queue.recv().await {
+        let bytes = message.encode();
+        let sent = socket
+            .async_io(Interest::WRITABLE, || {
+                control_socket::send(&*socket, &bytes, fd.as_ref().map(AsFd::as_fd))
+            })
+            .await;
+        if let Err(error) = sent {
+            tracing::error!(%error, "the vsock device takes no requests");
+            waiting.device_gone();
+            return;
+        }
+    }
+}

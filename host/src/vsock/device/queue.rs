@@ -1,0 +1,278 @@
+//! Descriptor chains as byte strings: packets out of the guest's TX queue, permits for its RX queue.
+//!
+//! A chain may be cut into descriptors in any way (virtio v1.2, 2.7.4 "Message Framing": "The framing of messages
+//! with descriptors is independent of the contents of the buffers"). Linux 6.12 sends payloads above 32 KiB as a
+//! header and several payload descriptors, so nothing here looks at where one descriptor ends.
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
+use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+
+use super::packet::{HEADER_LEN, Header, MAX_PAYLOAD};
+
+/// The guest's memory as the device sees it.
+pub type Memory = GuestMemoryMmap<()>;
+
+/// More pieces than this in one chain are refused: Linux uses at most 46 (`MAX_SKB_FRAGS` and the header).
+const MAX_SEGMENTS: usize = 256;
+
+/// What may be wrong with a chain.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// Too short for a header.
+    #[error("chain of {have} bytes is too short for a header of {HEADER_LEN}")]
+    NoHeader {
+        /// Bytes in the chain.
+        have: usize,
+    },
+    /// Shorter than its header says.
+    #[error("chain holds {have} payload bytes, its header says {}", header.len)]
+    Truncated {
+        /// The packet's header.
+        header: Header,
+        /// Payload bytes in the chain.
+        have: usize,
+    },
+    /// The header asks for more than a packet may carry.
+    #[error("payload of {} bytes is above the limit of {MAX_PAYLOAD}", header.len)]
+    TooLong {
+        /// The packet's header.
+        header: Header,
+    },
+    /// More pieces than the device follows.
+    #[error("chain has more than {MAX_SEGMENTS} pieces")]
+    TooManySegments,
+    /// A descriptor points outside the guest's memory.
+    #[error("descriptor outside the guest's memory")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+}
+
+/// Pieces of guest memory that are one byte string.
+#[derive(Debug, Default)]
+pub struct Segments<'m> {
+    pieces: Vec<VolatileSlice<'m>>,
+}
+
+impl<'m> Segments<'m> {
+    fn collect(
+        memory: &'m Memory,
+        descriptors: impl Iterator<Item = Descriptor>,
+        access: Permissions,
+        most: usize,
+    ) -> Result<Self, ChainError> {
+        let mut pieces = Vec::with_capacity(4);
+        let mut room = most;
+        for (count, descriptor) in descriptors.enumerate() {
+            if room == 0 {
+                break;
+            }
+            if count >= MAX_SEGMENTS {
+                return Err(ChainError::TooManySegments);
+            }
+            // Only as much as can be wanted: a descriptor's own length is the guest's word.
+            let len = (descriptor.len() as usize).min(room);
+            if len == 0 {
+                continue;
+            }
+            room -= len;
+            let slices = GuestMemory::get_slices(memory, descriptor.addr(), len, access)
+                .map_err(ChainError::Memory)?;
+            for slice in slices {
+                pieces.push(slice.map_err(ChainError::Memory)?);
+            }
+        }
+        Ok(Self { pieces })
+    }
+
+    /// Bytes in all pieces.
+    pub fn len(&self) -> usize {
+        self.pieces.iter().map(VolatileSlice::len).sum()
+    }
+
+    /// Whether there is no byte.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.iter().all(VolatileSlice::is_empty)
+    }
+
+    /// The pieces in order.
+    pub fn pieces(&self) -> &[VolatileSlice<'m>] {
+        &self.pieces
+    }
+
+    /// The bytes from `from` on, at most `len` of them.
+    pub fn range(&self, from: usize, len: usize) -> Self {
+        let (mut skip, mut left) = (from, len);
+        let mut pieces = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            if left == 0 {
+                break;
+            }
+            if skip >= piece.len() {
+                skip -= piece.len();
+                continue;
+            }
+            let take = (piece.len() - skip).min(left);
+            if let Ok(part) = piece.subslice(skip, take) {
+                pieces.push(part);
+            }
+            skip = 0;
+            left -= take;
+        }
+        Self { pieces }
+    }
+
+    /// Copies out of guest memory until `into` is full or the segments end; returns the number of bytes.
+    pub fn copy_to(&self, into: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in &self.pieces {
+            if done == into.len() {
+                break;
+            }
+            done += piece.copy_to(&mut into[done..]);
+        }
+        done
+    }
+
+    /// Copies into guest memory until `from` or the segments end; returns the number of bytes.
+    pub fn copy_from(&self, from: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in &self.pieces {
+            let take = piece.len().min(from.len() - done);
+            if take == 0 {
+                continue;
+            }
+            piece.copy_from(&from[done..done + take]);
+            done += take;
+        }
+        done
+    }
+}
+
+/// A packet in the guest's TX queue: the header copied out once (the guest may change it under our eyes), the
+/// payload still in guest memory and exactly as long as the header says.
+#[derive(Debug)]
+pub struct TxPacket<'m> {
+    /// The header, host byte order.
+    pub header: Header,
+    /// `header.len` bytes.
+    pub payload: Segments<'m>,
+}
+
+impl<'m> TxPacket<'m> {
+    /// Reads a chain of the TX queue.
+    pub fn parse(
+        memory: &'m Memory,
+        chain: DescriptorChain<&'m Memory>,
+    ) -> Result<Self, ChainError> {
+        let all = Segments::collect(
+            memory,
+            chain.readable(),
+            Permissions::Read,
+            HEADER_LEN + MAX_PAYLOAD,
+        )?;
+        let mut bytes = [0; HEADER_LEN];
+        let have = all.copy_to(&mut bytes);
+        if have < HEADER_LEN {
+            return Err(ChainError::NoHeader { have });
+        }
+        let header = Header::decode(&bytes);
+        let len = header.len as usize;
+        if len > MAX_PAYLOAD {
+            return Err(ChainError::TooLong { header });
+        }
+        // Capped by the header's length, not by the descriptors': a chain may be longer than its packet.
+        let payload = all.range(HEADER_LEN, len);
+        let have = payload.len();
+        if have < len {
+            return Err(ChainError::Truncated { header, have });
+        }
+        Ok(Self { header, payload })
+    }
+}
+
+/// The guest's RX queue for one pass.
+pub struct RxQueue<'q, 'm> {
+    queue: &'q mut Queue,
+    memory: &'m Memory,
+    used: bool,
+}
+
+impl<'q, 'm> RxQueue<'q, 'm> {
+    /// Works on `queue` in `memory`.
+    pub fn new(queue: &'q mut Queue, memory: &'m Memory) -> Self {
+        Self {
+            queue,
+            memory,
+            used: false,
+        }
+    }
+
+    /// Whether any chain was given back to the guest.
+    pub fn used(&self) -> bool {
+        self.used
+    }
+
+    /// Takes the next chain that can hold a header, if the guest has posted one. Chains that cannot are given back
+    /// empty.
+    pub fn permit(&mut self) -> Option<RxPermit<'_, 'q, 'm>> {
+        loop {
+            let chain = self.queue.pop_descriptor_chain(self.memory)?;
+            let head = chain.head_index();
+            let room = Segments::collect(
+                self.memory,
+                chain.writable(),
+                Permissions::Write,
+                HEADER_LEN + MAX_PAYLOAD,
+            );
+            match room {
+                Ok(room) if room.len() >= HEADER_LEN => {
+                    return Some(RxPermit {
+                        rx: self,
+                        head,
+                        room,
+                        spent: false,
+                    });
+                }
+                _ => self.give_back(head, 0),
+            }
+        }
+    }
+
+    fn give_back(&mut self, head: u16, len: u32) {
+        self.used = true;
+        if let Err(error) = self.queue.add_used(self.memory, head, len) {
+            // A head beyond the table or a used ring outside memory: the guest harms itself only.
+            tracing::debug!(%error, "a chain could not be returned to the guest");
+        }
+    }
+}
+
+/// The proof that the guest can take one packet now. Host data may be read only by who holds one; dropped unspent,
+/// the chain is the next one again.
+pub struct RxPermit<'r, 'q, 'm> {
+    rx: &'r mut RxQueue<'q, 'm>,
+    head: u16,
+    room: Segments<'m>,
+    spent: bool,
+}
+
+impl<'m> RxPermit<'_, '_, 'm> {
+    /// Where at most `most` payload bytes go.
+    pub fn payload(&self, most: usize) -> Segments<'m> {
+        self.room.range(HEADER_LEN, most.min(MAX_PAYLOAD))
+    }
+
+    /// Hands the packet to the guest; its `header.len` payload bytes are in place already.
+    pub fn send(mut self, header: &Header) {
+        self.spent = true;
+        self.room.copy_from(&header.encode());
+        self.rx.give_back(self.head, HEADER_LEN as u32 + header.len);
+    }
+}
+
+impl Drop for RxPermit<'_, '_, '_> {
+    fn drop(&mut self) {
+        if !self.spent {
+            self.rx.queue.go_to_previous_position();
+        }
+    }
+}

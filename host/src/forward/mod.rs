@@ -1,1 +1,28 @@
-//! Host endpoints that lead to guest ones.
+//! Host endpoints that lead to guest ones: which (policy), TCP, unix sockets, and the guest's names.
+//!
+//! Nothing here copies a byte of a connection: an accepted socket is handed to the vsock transport,
+//! which moves data straight between it and the guest.
+
+mod dns;
+mod hosts;
+mod policy;
+mod tcp;
+mod unix;
+mod upstream;
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+
+use dhow_protocol::stream::StreamHeader;
+
+pub use dns::serve_dns;
+pub use policy::{Decision, Policy};
+pub use tcp::Forwards;
+pub use unix::serve_unix;
+
+/// A way into the guest: opens a stream and makes a socket its host end.
+pub trait Opener: Clone + Send + Sync + 'static {
+    /// Opens a stream with `header`, waits for the guest's consent, and attaches `fd`, from which on
+    /// the transport owns it. The reason of an error is for a person; `fd` is closed then.
+    fn open(&self, header: StreamHeader, fd: OwnedFd) -> impl Future<Output = Result<(), String>> + Send;
+}

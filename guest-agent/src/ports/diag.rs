@@ -1,0 +1,200 @@
+//! The truth about listening sockets: a `NETLINK_SOCK_DIAG` dump of this network namespace.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use dhow_protocol::ports::{Listener, Protocol};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
+use netlink_packet_sock_diag::{SOCK_DIAG_BY_FAMILY, SockDiagMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+
+/// Groups of `linux/sock_diag.h` (`enum sknetlink_groups`) that tell of sockets that are gone.
+const SKNLGRP_INET_TCP_DESTROY: u32 = 1;
+const SKNLGRP_INET6_TCP_DESTROY: u32 = 3;
+
+/// Room for one answer of the kernel: it fills at most 32 KiB (`NETLINK_GOODSIZE` and up).
+const BUFFER: usize = 64 << 10;
+/// `struct nlmsghdr`.
+const HEADER: usize = 16;
+/// The port that the agent's own name server takes.
+const DNS_PORT: u16 = 53;
+
+/// A socket for dumps.
+pub(super) struct Diag {
+    socket: Socket,
+    buffer: Vec<u8>,
+    /// Sockets on [`DNS_PORT`] by inode: whether they are the agent's own.
+    own: HashMap<u32, bool>,
+}
+
+impl Diag {
+    pub(super) fn open() -> io::Result<Self> {
+        let socket = bound()?;
+        // The kernel answers while it takes the request; the deadline is against the unforeseen.
+        let deadline = Duration::from_secs(2);
+        rustix::net::sockopt::set_socket_timeout(
+            &socket,
+            rustix::net::sockopt::Timeout::Recv,
+            Some(deadline),
+        )?;
+        Ok(Self { socket, buffer: Vec::with_capacity(BUFFER), own: HashMap::new() })
+    }
+
+    /// TCP sockets that listen and UDP sockets that are bound and not connected, without the
+    /// agent's name server.
+    pub(super) fn dump(&mut self) -> io::Result<Vec<Listener>> {
+        let mut found = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            // An unconnected UDP socket is in state TCP_CLOSE (7).
+            for (protocol, states) in [(IPPROTO_TCP, StateFlags::LISTEN), (IPPROTO_UDP, StateFlags::CLOSE)] {
+                self.dump_one(family, protocol, states, &mut found)?;
+            }
+        }
+        self.own.retain(|inode, _| found.iter().any(|(_, seen)| seen == inode));
+        let own = &mut self.own;
+        found.retain(|(listener, inode)| {
+            listener.port != DNS_PORT || !*own.entry(*inode).or_insert_with(|| is_ours(*inode))
+        });
+        Ok(found.into_iter().map(|(listener, _)| listener).collect())
+    }
+
+    fn dump_one(
+        &mut self,
+        family: u8,
+        protocol: u8,
+        states: StateFlags,
+        found: &mut Vec<(Listener, u32)>,
+    ) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+        let request =
+            InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states, socket_id };
+        let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        loop {
+            self.buffer.clear();
+            let length = self.socket.recv(&mut self.buffer, 0)?;
+            if length > self.buffer.len() {
+                return Err(io::Error::other("an answer of sock_diag is above 64 KiB"));
+            }
+            for message in messages(&self.buffer) {
+                match message {
+                    Message::Done => return Ok(()),
+                    Message::Error(error) => return Err(error),
+                    Message::Socket(socket) => {
+                        let id = &socket.socket_id;
+                        // Port 0: not bound. A destination: connected.
+                        if id.source_port != 0 && id.destination_port == 0 {
+                            let protocol =
+                                if protocol == IPPROTO_TCP { Protocol::Tcp } else { Protocol::Udp };
+                            let listener =
+                                Listener { protocol, address: id.source_address, port: id.source_port };
+                            found.push((listener, socket.inode));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Hears of sockets that are gone.
+pub(super) struct Gone {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl Gone {
+    pub(super) fn open() -> io::Result<Self> {
+        let socket = bound()?;
+        socket.add_membership(SKNLGRP_INET_TCP_DESTROY)?;
+        socket.add_membership(SKNLGRP_INET6_TCP_DESTROY)?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket, buffer: Vec::with_capacity(BUFFER) })
+    }
+
+    /// Reads all that has come, and tells whether any of it was without a peer, as listeners are.
+    pub(super) fn drain(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            self.buffer.clear();
+            match self.socket.recv(&mut self.buffer, 0) {
+                Ok(_) => {
+                    any |= messages(&self.buffer).any(|message| match message {
+                        Message::Socket(socket) => socket.socket_id.destination_port == 0,
+                        _ => true,
+                    })
+                }
+                // Some were lost: a listener may have been among them.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
+                Err(_) => return any,
+            }
+        }
+    }
+}
+
+impl AsFd for Gone {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+enum Message {
+    Socket(InetResponseHeader),
+    Done,
+    Error(io::Error),
+}
+
+/// The messages of one datagram. Attributes are not looked at.
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message> {
+    std::iter::from_fn(move || {
+        use netlink_packet_core::Parseable;
+        if bytes.len() < HEADER {
+            return None;
+        }
+        let length = u32::from_ne_bytes(bytes[..4].try_into().ok()?) as usize;
+        let kind = u16::from_ne_bytes(bytes[4..6].try_into().ok()?);
+        if length < HEADER || length > bytes.len() {
+            return Some(Message::Error(io::Error::other("a message of sock_diag is cut off")));
+        }
+        let (message, rest) = bytes.split_at(length);
+        bytes = rest.get(length.next_multiple_of(4) - length..).unwrap_or_default();
+        Some(if kind == SOCK_DIAG_BY_FAMILY {
+            match InetResponseHeader::parse(&message[HEADER..]) {
+                Ok(socket) => Message::Socket(socket),
+                Err(error) => Message::Error(io::Error::other(error.to_string())),
+            }
+        } else {
+            match NetlinkMessage::<SockDiagMessage>::deserialize(message).map(|message| message.payload) {
+                Ok(NetlinkPayload::Done(_)) => Message::Done,
+                Ok(NetlinkPayload::Error(error)) => Message::Error(error.to_io()),
+                _ => Message::Error(io::Error::other(format!("sock_diag sent a message of kind {kind}"))),
+            }
+        })
+    })
+}
+
+fn bound() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind(&SocketAddr::new(0, 0))?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// Whether this process holds the socket with that inode.
+fn is_ours(inode: u32) -> bool {
+    let wanted = format!("socket:[{inode}]");
+    std::fs::read_dir("/proc/self/fd").is_ok_and(|entries| {
+        entries.flatten().any(|entry| {
+            std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str())
+        })
+    })
+}

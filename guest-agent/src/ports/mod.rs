@@ -1,0 +1,112 @@
+//! Which sockets listen in the guest: told to the host as it changes.
+//!
+//! ```text
+//! tracefs, sock_diag groups ──trigger──► look now ──► diag (the truth) ──► tracker ──► PortsEvent
+//! slow poll ─────────────────────────────────┘                            (what differs)
+//! ```
+//! The agent only reports; the host decides what it forwards.
+
+mod diag;
+mod tracker;
+mod trigger;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dhow_protocol::codec::{self, CONTROL_LIMIT};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_vsock::VsockStream;
+
+use tracker::{Pace, Tracker};
+
+/// Between looks without a trigger: for what triggers miss (UDP, lost events).
+const SLOW_POLL: Duration = Duration::from_secs(5);
+/// Between looks where there can be no triggers.
+const FAST_POLL: Duration = Duration::from_millis(250);
+
+/// The reporter of listening sockets.
+#[derive(Debug)]
+pub struct Ports {
+    /// Counts triggers; a subscriber sees that there were some.
+    triggers: watch::Receiver<u64>,
+    poll: Duration,
+}
+
+impl Ports {
+    /// Sets up the triggers.
+    ///
+    /// # Errors
+    /// The kernel has no `NETLINK_SOCK_DIAG`: nothing could ever be reported.
+    pub fn start() -> io::Result<Arc<Self>> {
+        diag::Diag::open()?.dump()?;
+        let (sender, triggers) = watch::channel(0);
+        let poll = match trigger::start(sender) {
+            Ok(()) => SLOW_POLL,
+            Err(error) => {
+                tracing::warn!(%error, "no trigger for listening sockets: looking four times a second");
+                FAST_POLL
+            }
+        };
+        Ok(Arc::new(Self { triggers, poll }))
+    }
+
+    /// Reports on `stream` until it ends: all at first, then what changes.
+    pub async fn serve(&self, stream: VsockStream) {
+        self.serve_stream(stream).await;
+    }
+
+    async fn serve_stream<S: AsyncRead + AsyncWrite>(&self, stream: S) {
+        let (mut reader, writer) = tokio::io::split(stream);
+        let mut byte = [0];
+        tokio::select! {
+            result = self.report(writer) => {
+                if let Err(error) = result {
+                    tracing::warn!(%error, "the report of listening sockets ended");
+                }
+            }
+            // The host never writes here: whatever comes is its end.
+            _ = reader.read(&mut byte) => {}
+        }
+    }
+
+    async fn report<W: AsyncWrite + Unpin>(&self, mut writer: W) -> Result<(), codec::CodecError> {
+        let mut triggers = self.triggers.clone();
+        let mut diag = diag::Diag::open().map_err(codec::CodecError::Io)?;
+        let mut tracker = Tracker::default();
+        let mut pace = Pace::new(self.poll);
+        loop {
+            triggers.mark_unchanged();
+            let began = Instant::now();
+            match diag.dump() {
+                Ok(sockets) => {
+                    if let Some(event) = tracker.update(sockets) {
+                        codec::write_frame(&mut writer, &event, CONTROL_LIMIT).await?;
+                    }
+                }
+                // A dump may be interrupted or overrun; the next look tells.
+                Err(error) => tracing::warn!(%error, "listening sockets cannot be listed"),
+            }
+            let looked = Instant::now();
+            let gap = Pace::gap(looked - began);
+            let next = looked + pace.after_look();
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                changed = triggers.changed() => {
+                    if changed.is_err() {
+                        // The trigger is gone for good; the poll goes on.
+                        tokio::time::sleep_until(next).await;
+                        continue;
+                    }
+                    pace.triggered();
+                    tokio::time::sleep_until(looked + gap).await;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

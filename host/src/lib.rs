@@ -6,6 +6,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod docker;
+pub mod errors;
 pub mod fileserver;
 pub mod forward;
 pub mod images;

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 pub(super) struct Watched<T> {
     path: PathBuf,
     parse: fn(&str) -> T,
-    now: Mutex<(Option<(SystemTime, u64)>, Arc<T>)>,
+    now: Mutex<(Option<Stamp>, Arc<T>)>,
 }
 
 impl<T> Watched<T> {

@@ -116,23 +116,13 @@ impl DeviceClient {
         let (outgoing, queue) = mpsc::unbounded_channel();
         let reader = tokio::spawn(read_answers(Arc::clone(&socket), Arc::clone(&waiting)));
         let writer = tokio::spawn(write_requests(socket, queue, Arc::clone(&waiting)));
-        Ok(Self {
-            shared: Arc::new(Shared {
-                waiting,
-                outgoing,
-                tasks: [reader, writer],
-            }),
-        })
+        Ok(Self { shared: Arc::new(Shared { waiting, outgoing, tasks: [reader, writer] }) })
     }
 
     /// The device's numbers.
     pub async fn stats(&self) -> Result<Stats, TransportError> {
         let id = self.shared.waiting.new_id();
-        match self
-            .shared
-            .ask(id, ToDevice::Stats { id }, None, PROMPT)
-            .await?
-        {
+        match self.shared.ask(id, ToDevice::Stats { id }, None, PROMPT).await? {
             FromDevice::Stats { stats, .. } => Ok(stats),
             _ => Err(TransportError::DeviceGone),
         }
@@ -148,9 +138,7 @@ impl Shared {
         patience: Duration,
     ) -> Result<FromDevice, TransportError> {
         let answer = self.waiting.expect(id)?;
-        self.outgoing
-            .send(Outgoing { message, fd })
-            .map_err(|_| TransportError::DeviceGone)?;
+        self.outgoing.send(Outgoing { message, fd }).map_err(|_| TransportError::DeviceGone)?;
         match tokio::time::timeout(patience, answer).await {
             Ok(Ok(message)) => Ok(message),
             Ok(Err(_)) => Err(TransportError::DeviceGone),
@@ -166,12 +154,7 @@ impl Transport for DeviceClient {
     async fn open(&self, request: OpenRequest) -> Result<PendingStream, TransportError> {
         check("preamble", request.preamble.len(), MAX_PREAMBLE)?;
         check("reply", request.reply_len, MAX_REPLY)?;
-        let OpenRequest {
-            guest_port,
-            preamble,
-            reply_len,
-            deadline,
-        } = request;
+        let OpenRequest { guest_port, preamble, reply_len, deadline } = request;
         let id = self.shared.waiting.new_id();
         let message = ToDevice::Open {
             id,
@@ -181,20 +164,12 @@ impl Transport for DeviceClient {
             preamble,
         };
         // From here on a drop of this future cancels.
-        let mut ticket = Ticket {
-            shared: Arc::clone(&self.shared),
-            id,
-            live: true,
-        };
-        let answer = self
-            .shared
-            .ask(id, message, None, deadline.saturating_add(GRACE))
-            .await?;
+        let mut ticket = Ticket { shared: Arc::clone(&self.shared), id, live: true };
+        let answer = self.shared.ask(id, message, None, deadline.saturating_add(GRACE)).await?;
         match answer {
-            FromDevice::Opened { reply, .. } if reply.len() == reply_len => Ok(PendingStream {
-                reply,
-                inner: ticket,
-            }),
+            FromDevice::Opened { reply, .. } if reply.len() == reply_len => {
+                Ok(PendingStream { reply, inner: ticket })
+            }
             FromDevice::Failed { reason, .. } => {
                 ticket.live = false;
                 Err(failure(reason, guest_port, deadline))
@@ -205,11 +180,7 @@ impl Transport for DeviceClient {
 }
 
 fn check(what: &'static str, have: usize, limit: usize) -> Result<(), TransportError> {
-    if have > limit {
-        Err(TransportError::TooLong { what, have, limit })
-    } else {
-        Ok(())
-    }
+    if have > limit { Err(TransportError::TooLong { what, have, limit }) } else { Ok(()) }
 }
 
 fn failure(reason: Reason, guest_port: u32, deadline: Duration) -> TransportError {
@@ -235,16 +206,9 @@ impl Ticket {
         let id = self.id;
         // Cancelled from here on, the fd is on its way and belongs to the device.
         self.live = false;
-        match self
-            .shared
-            .ask(id, ToDevice::Attach { id }, Some(fd), PROMPT)
-            .await?
-        {
+        match self.shared.ask(id, ToDevice::Attach { id }, Some(fd), PROMPT).await? {
             FromDevice::Attached { .. } => Ok(()),
-            FromDevice::AttachFailed {
-                reason: Reason::BadFd,
-                ..
-            } => Err(TransportError::BadFd),
+            FromDevice::AttachFailed { reason: Reason::BadFd, .. } => Err(TransportError::BadFd),
             FromDevice::AttachFailed { reason, .. } | FromDevice::Failed { reason, .. } => {
                 Err(TransportError::Reset(reason))
             }
@@ -257,10 +221,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if self.live {
             self.shared.waiting.lock().askers.remove(&self.id);
-            let cancel = Outgoing {
-                message: ToDevice::Cancel { id: self.id },
-                fd: None,
-            };
+            let cancel = Outgoing { message: ToDevice::Cancel { id: self.id }, fd: None };
             let _ = self.shared.outgoing.send(cancel);
         }
     }
@@ -268,10 +229,7 @@ impl Drop for Ticket {
 
 async fn read_answers(socket: Arc<UnixStream>, waiting: Arc<Waiting>) {
     loop {
-        match socket
-            .async_io(Interest::READABLE, || control_socket::receive(&*socket))
-            .await
-        {
+        match socket.async_io(Interest::READABLE, || control_socket::receive(&*socket)).await {
             Ok(Some(record)) => match FromDevice::decode(&record.bytes) {
                 Ok(message) => waiting.answer(message),
                 Err(error) => {

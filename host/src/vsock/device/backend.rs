@@ -7,15 +7,11 @@ use std::time::Instant;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VringMutex, VringState, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::muxer::Pumped;
 use super::queue::{Memory, RxQueue, TxPacket};
@@ -47,11 +43,7 @@ pub struct Backend {
 impl Backend {
     /// A device for the guest with that CID.
     pub fn new(guest_cid: u64, memory: GuestMemoryAtomic<Memory>, reactor: Reactor) -> Self {
-        Self {
-            guest_cid,
-            memory,
-            reactor,
-        }
+        Self { guest_cid, memory, reactor }
     }
 
     /// The reactor's epoll set.
@@ -97,9 +89,7 @@ impl Backend {
             {
                 budget -= 1;
                 let head = chain.head_index();
-                self.reactor
-                    .muxer
-                    .on_guest_packet(TxPacket::parse(memory, chain), now);
+                self.reactor.muxer.on_guest_packet(TxPacket::parse(memory, chain), now);
                 // Whatever it was, it is consumed: a packet may kill its connection, never the queue.
                 if let Err(error) = queue.add_used(memory, head, 0) {
                     tracing::debug!(%error, "a chain could not be returned to the guest");
@@ -150,10 +140,7 @@ impl Backend {
 fn signal(state: &mut VringState<GuestMemoryAtomic<Memory>>, memory: &Memory, used: bool) {
     // On an error the guest is told: an interrupt too many does no harm.
     if used
-        && state
-            .get_queue_mut()
-            .needs_notification(memory)
-            .unwrap_or(true)
+        && state.get_queue_mut().needs_notification(memory).unwrap_or(true)
         && let Err(error) = state.signal_used_queue()
     {
         tracing::warn!(%error, "the guest could not be notified");
@@ -191,10 +178,7 @@ impl VhostUserBackendMut for Backend {
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let config = self.guest_cid.to_le_bytes();
         let (from, len) = (offset as usize, size as usize);
-        from.checked_add(len)
-            .and_then(|to| config.get(from..to))
-            .map(<[u8]>::to_vec)
-            .unwrap_or_default()
+        from.checked_add(len).and_then(|to| config.get(from..to)).map(<[u8]>::to_vec).unwrap_or_default()
     }
 
     fn update_memory(&mut self, memory: GuestMemoryAtomic<Memory>) -> io::Result<()> {

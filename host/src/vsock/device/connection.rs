@@ -258,16 +258,12 @@ impl Connection {
                 self.outgoing.update(header.buf_alloc, header.fwd_cnt);
                 self.on_shutdown(header.flags);
             }
-            (Guest::Open, Op::CreditUpdate) => {
-                self.outgoing.update(header.buf_alloc, header.fwd_cnt)
-            }
+            (Guest::Open, Op::CreditUpdate) => self.outgoing.update(header.buf_alloc, header.fwd_cnt),
             (Guest::Open, Op::CreditRequest) => {
                 self.outgoing.update(header.buf_alloc, header.fwd_cnt);
                 self.update_asked = true;
             }
-            (Guest::Requested, _) | (Guest::Open, Op::Request | Op::Response) => {
-                self.abort(Reason::Protocol)
-            }
+            (Guest::Requested, _) | (Guest::Open, Op::Request | Op::Response) => self.abort(Reason::Protocol),
         }
         let _ = now;
     }
@@ -327,8 +323,7 @@ impl Connection {
             self.stop_reading();
         }
         if matches!(self.host, Host::Handshake) && (self.guest_finished || self.guest_deaf) {
-            let replied =
-                self.reply.len() == self.reply_len && self.preamble_sent == self.preamble.len();
+            let replied = self.reply.len() == self.reply_len && self.preamble_sent == self.preamble.len();
             if !replied {
                 self.abort(Reason::GuestClosed);
                 return;
@@ -476,9 +471,7 @@ impl Connection {
             }
         }
         if self.both_finished() {
-            self.guest = Guest::Closing {
-                until: now + CLOSE_TIMEOUT,
-            };
+            self.guest = Guest::Closing { until: now + CLOSE_TIMEOUT };
             if let Host::Attached(fd) = std::mem::replace(&mut self.host, Host::Closed) {
                 fd.close();
             }
@@ -523,11 +516,7 @@ impl Connection {
     }
 
     fn send(&mut self, permit: RxPermit<'_, '_, '_>, op: Op, flags: u32, len: usize) -> usize {
-        let header = Header {
-            flags,
-            len: len as u32,
-            ..self.header(op)
-        };
+        let header = Header { flags, len: len as u32, ..self.header(op) };
         permit.send(&header);
         self.update_asked = false;
         if op == Op::Rw {

@@ -251,10 +251,7 @@ fn head(kind: u8, id: u32) -> Vec<u8> {
 fn split(bytes: &[u8]) -> Result<(u8, u32, &[u8]), ControlError> {
     let kind = bytes.first().copied().unwrap_or(0);
     if bytes.len() < HEAD || bytes.len() > MAX_MESSAGE {
-        return Err(ControlError::Length {
-            kind,
-            have: bytes.len(),
-        });
+        return Err(ControlError::Length { kind, have: bytes.len() });
     }
     if bytes[1..4] != [0; 3] {
         return Err(ControlError::Reserved { kind });
@@ -267,14 +264,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 fn exactly(kind: u8, rest: &[u8], len: usize) -> Result<(), ControlError> {
-    if rest.len() == len {
-        Ok(())
-    } else {
-        Err(ControlError::Length {
-            kind,
-            have: HEAD + rest.len(),
-        })
-    }
+    if rest.len() == len { Ok(()) } else { Err(ControlError::Length { kind, have: HEAD + rest.len() }) }
 }
 
 fn reason(kind: u8, rest: &[u8]) -> Result<Reason, ControlError> {
@@ -292,13 +282,7 @@ impl ToDevice {
     /// As one record.
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Open {
-                id,
-                guest_port,
-                reply_len,
-                deadline_ms,
-                preamble,
-            } => {
+            Self::Open { id, guest_port, reply_len, deadline_ms, preamble } => {
                 let mut out = head(1, *id);
                 for field in [guest_port, reply_len, deadline_ms] {
                     out.extend_from_slice(&field.to_le_bytes());
@@ -318,20 +302,12 @@ impl ToDevice {
         match kind {
             1 => {
                 if rest.len() < 12 {
-                    return Err(ControlError::Length {
-                        kind,
-                        have: bytes.len(),
-                    });
+                    return Err(ControlError::Length { kind, have: bytes.len() });
                 }
                 let reply_len = u32_at(rest, 4);
                 if reply_len as usize > MAX_REPLY {
                     let value = reply_len as usize;
-                    return Err(ControlError::Range {
-                        kind,
-                        field: "reply length",
-                        value,
-                        limit: MAX_REPLY,
-                    });
+                    return Err(ControlError::Range { kind, field: "reply length", value, limit: MAX_REPLY });
                 }
                 Ok(Self::Open {
                     id,
@@ -375,33 +351,17 @@ impl FromDevice {
     pub fn decode(bytes: &[u8]) -> Result<Self, ControlError> {
         let (kind, id, rest) = split(bytes)?;
         match kind {
-            0x81 if rest.len() <= MAX_REPLY => Ok(Self::Opened {
-                id,
-                reply: rest.to_vec(),
-            }),
-            0x81 => Err(ControlError::Range {
-                kind,
-                field: "reply length",
-                value: rest.len(),
-                limit: MAX_REPLY,
-            }),
-            0x82 => Ok(Self::Failed {
-                id,
-                reason: reason(kind, rest)?,
-            }),
+            0x81 if rest.len() <= MAX_REPLY => Ok(Self::Opened { id, reply: rest.to_vec() }),
+            0x81 => {
+                Err(ControlError::Range { kind, field: "reply length", value: rest.len(), limit: MAX_REPLY })
+            }
+            0x82 => Ok(Self::Failed { id, reason: reason(kind, rest)? }),
             0x83 => exactly(kind, rest, 0).map(|()| Self::Attached { id }),
-            0x84 => Ok(Self::AttachFailed {
-                id,
-                reason: reason(kind, rest)?,
-            }),
+            0x84 => Ok(Self::AttachFailed { id, reason: reason(kind, rest)? }),
             0x85 => {
                 exactly(kind, rest, 64)?;
-                let number =
-                    |i: usize| u64::from_le_bytes(std::array::from_fn(|b| rest[i * 8 + b]));
-                Ok(Self::Stats {
-                    id,
-                    stats: Stats::from_array(std::array::from_fn(number)),
-                })
+                let number = |i: usize| u64::from_le_bytes(std::array::from_fn(|b| rest[i * 8 + b]));
+                Ok(Self::Stats { id, stats: Stats::from_array(std::array::from_fn(number)) })
             }
             _ => Err(ControlError::Kind { kind }),
         }
@@ -421,21 +381,11 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let open = ToDevice::Open {
-            id: 7,
-            guest_port: 1000,
-            reply_len: 2,
-            deadline_ms: 500,
-            preamble: vec![9, 8],
-        };
-        let want = [
-            1, 0, 0, 0, 7, 0, 0, 0, 0xe8, 3, 0, 0, 2, 0, 0, 0, 0xf4, 1, 0, 0, 9, 8,
-        ];
+        let open =
+            ToDevice::Open { id: 7, guest_port: 1000, reply_len: 2, deadline_ms: 500, preamble: vec![9, 8] };
+        let want = [1, 0, 0, 0, 7, 0, 0, 0, 0xe8, 3, 0, 0, 2, 0, 0, 0, 0xf4, 1, 0, 0, 9, 8];
         assert_eq!(open.encode(), want);
-        let failed = FromDevice::Failed {
-            id: 7,
-            reason: Reason::Deadline,
-        };
+        let failed = FromDevice::Failed { id: 7, reason: Reason::Deadline };
         assert_eq!(failed.encode(), [0x82, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0]);
     }
 
@@ -451,19 +401,10 @@ mod tests {
         assert!(ToDevice::decode(&open(MAX_PREAMBLE, 4096).encode()).is_ok());
         assert!(ToDevice::decode(&open(MAX_PREAMBLE + 1, 4096).encode()).is_err());
         assert!(ToDevice::decode(&open(0, 4097).encode()).is_err());
-        assert!(
-            ToDevice::decode(&[2, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(),
-            "trailing byte"
-        );
-        assert!(
-            ToDevice::decode(&[2, 0, 1, 0, 0, 0, 0, 0]).is_err(),
-            "reserved byte"
-        );
+        assert!(ToDevice::decode(&[2, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(), "trailing byte");
+        assert!(ToDevice::decode(&[2, 0, 1, 0, 0, 0, 0, 0]).is_err(), "reserved byte");
         assert!(ToDevice::decode(&[]).is_err());
-        assert!(
-            FromDevice::decode(&[0x82, 0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 0]).is_err(),
-            "no such reason"
-        );
+        assert!(FromDevice::decode(&[0x82, 0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 0]).is_err(), "no such reason");
     }
 
     fn to_device() -> impl Strategy<Value = ToDevice> {
@@ -476,13 +417,7 @@ mod tests {
                 prop::collection::vec(any::<u8>(), 0..300)
             )
                 .prop_map(|(id, guest_port, reply_len, deadline_ms, preamble)| {
-                    ToDevice::Open {
-                        id,
-                        guest_port,
-                        reply_len,
-                        deadline_ms,
-                        preamble,
-                    }
+                    ToDevice::Open { id, guest_port, reply_len, deadline_ms, preamble }
                 }),
             any::<u32>().prop_map(|id| ToDevice::Attach { id }),
             any::<u32>().prop_map(|id| ToDevice::Cancel { id }),
@@ -497,12 +432,9 @@ mod tests {
                 .prop_map(|(id, reply)| FromDevice::Opened { id, reply }),
             (any::<u32>(), reason()).prop_map(|(id, reason)| FromDevice::Failed { id, reason }),
             any::<u32>().prop_map(|id| FromDevice::Attached { id }),
-            (any::<u32>(), reason())
-                .prop_map(|(id, reason)| FromDevice::AttachFailed { id, reason }),
-            (any::<u32>(), any::<[u64; 8]>()).prop_map(|(id, n)| FromDevice::Stats {
-                id,
-                stats: Stats::from_array(n)
-            }),
+            (any::<u32>(), reason()).prop_map(|(id, reason)| FromDevice::AttachFailed { id, reason }),
+            (any::<u32>(), any::<[u64; 8]>())
+                .prop_map(|(id, n)| FromDevice::Stats { id, stats: Stats::from_array(n) }),
         ]
     }
 

@@ -40,10 +40,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Record>> {
     });
     let fd = fds.next().and_then(|mut fds| fds.next());
     if received.flags.contains(ReturnFlags::TRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "control record too long",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "control record too long"));
     }
     if received.bytes == 0 {
         return Ok(None);
@@ -61,12 +58,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::
         return Err(io::Error::other("no room for an fd"));
     }
     loop {
-        match rustix::net::sendmsg(
-            &socket,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        ) {
+        match rustix::net::sendmsg(&socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
             Ok(_) => return Ok(()),
@@ -86,11 +78,7 @@ pub struct ControlSocket {
 impl ControlSocket {
     /// Takes over a connected, non-blocking socket.
     pub fn new(socket: OwnedFd) -> Self {
-        Self {
-            socket,
-            unsent: VecDeque::new(),
-            watched_for_room: false,
-        }
+        Self { socket, unsent: VecDeque::new(), watched_for_room: false }
     }
 
     /// Queues an answer.

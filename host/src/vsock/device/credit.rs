@@ -58,9 +58,8 @@ impl Outgoing {
     pub fn allowance(&self) -> usize {
         let in_flight = self.in_flight();
         let free = self.peer_alloc.saturating_sub(in_flight);
-        let most_packets = ((self.peer_alloc / PACKET_OVERHEAD) as usize)
-            .saturating_sub(1)
-            .clamp(1, MOST_PACKETS);
+        let most_packets =
+            ((self.peer_alloc / PACKET_OVERHEAD) as usize).saturating_sub(1).clamp(1, MOST_PACKETS);
         if self.under_way.len() >= most_packets || (in_flight > 0 && free < FULL_PACKET) {
             return 0;
         }
@@ -143,11 +142,8 @@ mod tests {
 
     #[test]
     fn window_is_respected_across_the_wrap() {
-        let mut credit = Outgoing {
-            sent: u32::MAX - 10,
-            peer_forwarded: u32::MAX - 10,
-            ..Outgoing::default()
-        };
+        let mut credit =
+            Outgoing { sent: u32::MAX - 10, peer_forwarded: u32::MAX - 10, ..Outgoing::default() };
         credit.update(65536, u32::MAX - 10);
         assert_eq!(credit.allowance(), 65536);
         credit.sent(60_000);
@@ -166,11 +162,7 @@ mod tests {
         credit.update(10, 0);
         assert_eq!(credit.allowance(), 0);
         credit.update(10, 50_000);
-        assert_eq!(
-            credit.allowance(),
-            10,
-            "all of a small window may be used when nothing is under way"
-        );
+        assert_eq!(credit.allowance(), 10, "all of a small window may be used when nothing is under way");
     }
 
     #[test]

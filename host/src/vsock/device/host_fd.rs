@@ -35,28 +35,19 @@ pub struct HostFd {
 impl HostFd {
     /// Takes a socket over: makes it non-blocking (a flag that its duplicates share) and watches it, edge-triggered,
     /// under `token`.
-    pub fn adopt(
-        fd: OwnedFd,
-        epoll: &Arc<Epoll>,
-        token: u64,
-    ) -> Result<Self, (OwnedFd, io::Error)> {
+    pub fn adopt(fd: OwnedFd, epoll: &Arc<Epoll>, token: u64) -> Result<Self, (OwnedFd, io::Error)> {
         let prepared = (|| {
             if rustix::net::sockopt::socket_type(&fd)? != SocketType::STREAM {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
             rustix::io::ioctl_fionbio(&fd, true)?;
-            let events = EpollFlags::EPOLLIN
-                | EpollFlags::EPOLLOUT
-                | EpollFlags::EPOLLRDHUP
-                | EpollFlags::EPOLLET;
+            let events =
+                EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
             epoll.add(&fd, EpollEvent::new(events, token))?;
             Ok(())
         })();
         match prepared {
-            Ok(()) => Ok(Self {
-                fd,
-                epoll: Arc::clone(epoll),
-            }),
+            Ok(()) => Ok(Self { fd, epoll: Arc::clone(epoll) }),
             Err(error) => Err((fd, error)),
         }
     }

@@ -71,18 +71,14 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     }
     raise_fd_limit();
     let memory = GuestMemoryAtomic::new(Memory::new());
-    let reactor =
-        Reactor::new(args.guest_cid, args.control_listener).map_err(DeviceError::Start)?;
+    let reactor = Reactor::new(args.guest_cid, args.control_listener).map_err(DeviceError::Start)?;
     let backend = Backend::new(args.guest_cid, memory.clone(), reactor);
     let poll_fd = backend.poll_fd();
     let backend: SharedBackend = Arc::new(Mutex::new(backend));
 
-    let mut daemon =
-        VhostUserDaemon::new("vhost-user".into(), backend, memory).map_err(vhost_user)?;
+    let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory).map_err(vhost_user)?;
     for handler in daemon.get_epoll_handlers() {
-        handler
-            .register_listener(poll_fd, EventSet::IN, REACTOR_EVENT)
-            .map_err(DeviceError::Start)?;
+        handler.register_listener(poll_fd, EventSet::IN, REACTOR_EVENT).map_err(DeviceError::Start)?;
     }
     let mut listener = Listener::from(UnixListener::from(args.vhost_listener));
     daemon.start(&mut listener).map_err(vhost_user)?;
@@ -94,9 +90,7 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     }
     match ended {
         Ok(())
-        | Err(DaemonError::HandleRequest(
-            VhostUserError::Disconnected | VhostUserError::PartialMessage,
-        )) => {
+        | Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => {
             tracing::info!("QEMU disconnected");
             Ok(())
         }

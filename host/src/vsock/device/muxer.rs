@@ -106,10 +106,8 @@ impl Muxer {
 
     /// Numbers of now and so far.
     pub fn stats(&self) -> Stats {
-        let attached = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.as_ref().is_some_and(|s| s.connection.attached()));
+        let attached =
+            self.slots.iter().filter(|(_, slot)| slot.as_ref().is_some_and(|s| s.connection.attached()));
         Stats {
             connections: (MAX_CONNECTIONS - self.free.len()) as u64,
             attached: attached.count() as u64,
@@ -138,32 +136,14 @@ impl Muxer {
     ) {
         let Some(index) = self.free.pop() else {
             self.stats.failed += 1;
-            self.notices.push((
-                owner.control,
-                FromDevice::Failed {
-                    id: owner.id,
-                    reason: Reason::TooMany,
-                },
-            ));
+            self.notices.push((owner.control, FromDevice::Failed { id: owner.id, reason: Reason::TooMany }));
             return;
         };
-        let host = self.ports.allocate(|host| {
-            self.by_ports.contains_key(&Ports {
-                host,
-                guest: guest_port,
-            })
-        });
-        let ports = Ports {
-            host,
-            guest: guest_port,
-        };
+        let host = self.ports.allocate(|host| self.by_ports.contains_key(&Ports { host, guest: guest_port }));
+        let ports = Ports { host, guest: guest_port };
         let connection = Connection::new(self.guest_cid, ports, preamble, reply_len);
-        self.slots[index].1 = Some(Slot {
-            connection,
-            owner: Some(owner),
-            deadline: Some(deadline),
-            queued: false,
-        });
+        self.slots[index].1 =
+            Some(Slot { connection, owner: Some(owner), deadline: Some(deadline), queued: false });
         self.by_ports.insert(ports, index);
         self.by_owner.insert(owner, index);
         self.settle(index);
@@ -172,19 +152,10 @@ impl Muxer {
     /// A supervisor hands over the fd of a stream that is open.
     pub fn attach(&mut self, owner: Owner, fd: Option<OwnedFd>) {
         let refuse = |this: &mut Self, reason| {
-            this.notices.push((
-                owner.control,
-                FromDevice::AttachFailed {
-                    id: owner.id,
-                    reason,
-                },
-            ));
+            this.notices.push((owner.control, FromDevice::AttachFailed { id: owner.id, reason }));
         };
         let slot = self.by_owner.get(&owner).copied();
-        let awaited = slot.filter(|&index| {
-            self.slot(index)
-                .is_some_and(|slot| slot.connection.awaits_fd())
-        });
+        let awaited = slot.filter(|&index| self.slot(index).is_some_and(|slot| slot.connection.awaits_fd()));
         let Some(index) = awaited else {
             // The guest may have reset it on the way: the client is to see that, not an empty success.
             if let Some(fd) = fd {
@@ -201,8 +172,7 @@ impl Muxer {
                     slot.owner = None;
                     slot.connection.attach(fd);
                 }
-                self.notices
-                    .push((owner.control, FromDevice::Attached { id: owner.id }));
+                self.notices.push((owner.control, FromDevice::Attached { id: owner.id }));
             }
             other => {
                 if let Some(Err((fd, error))) = other {
@@ -232,12 +202,8 @@ impl Muxer {
 
     /// A supervisor is gone: so are its streams without an fd; the others go on.
     pub fn drop_control(&mut self, control: u64) {
-        let orphans: Vec<Owner> = self
-            .by_owner
-            .keys()
-            .filter(|owner| owner.control == control)
-            .copied()
-            .collect();
+        let orphans: Vec<Owner> =
+            self.by_owner.keys().filter(|owner| owner.control == control).copied().collect();
         for owner in orphans {
             self.cancel(owner);
         }
@@ -273,11 +239,7 @@ impl Muxer {
         let broken = events.contains(EpollFlags::EPOLLERR);
         let readable = events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP);
         let writable = events.contains(EpollFlags::EPOLLOUT);
-        slot.connection.on_host_event(
-            readable || hang_up || broken,
-            writable || hang_up || broken,
-            broken,
-        );
+        slot.connection.on_host_event(readable || hang_up || broken, writable || hang_up || broken, broken);
         self.settle(index);
     }
 
@@ -301,15 +263,8 @@ impl Muxer {
             self.stats.stray_packets += 1;
             return;
         }
-        let ports = Ports {
-            host: header.dst_port,
-            guest: header.src_port,
-        };
-        let index = self
-            .by_ports
-            .get(&ports)
-            .copied()
-            .filter(|_| header.socket_type == TYPE_STREAM);
+        let ports = Ports { host: header.dst_port, guest: header.src_port };
+        let index = self.by_ports.get(&ports).copied().filter(|_| header.socket_type == TYPE_STREAM);
         let Some(index) = index else {
             // Host-initiated streams only: a REQUEST is refused like anything else that has no connection.
             self.stats.stray_packets += u64::from(header.op != Op::Rst as u16);
@@ -393,11 +348,7 @@ impl Muxer {
                     if sent > 0 {
                         self.ready.rotate_left(1);
                     }
-                    return if budget > 0 {
-                        Pumped::Starved
-                    } else {
-                        Pumped::More
-                    };
+                    return if budget > 0 { Pumped::Starved } else { Pumped::More };
                 };
                 match slot.connection.fill(permit, now) {
                     Some(sent) => {
@@ -413,11 +364,7 @@ impl Muxer {
             }
             self.settle(index);
         }
-        if self.resets.is_empty() {
-            Pumped::Idle
-        } else {
-            Pumped::More
-        }
+        if self.resets.is_empty() { Pumped::Idle } else { Pumped::More }
     }
 
     fn slot(&self, index: usize) -> Option<&Slot> {
@@ -429,11 +376,7 @@ impl Muxer {
     }
 
     fn disown(&mut self, index: usize) {
-        if let Some(owner) = self.slots[index]
-            .1
-            .as_mut()
-            .and_then(|slot| slot.owner.take())
-        {
+        if let Some(owner) = self.slots[index].1.as_mut().and_then(|slot| slot.owner.take()) {
             self.by_owner.remove(&owner);
         }
     }
@@ -447,13 +390,7 @@ impl Muxer {
             slot.deadline = None;
             self.stats.opened += 1;
             if let Some(owner) = slot.owner {
-                self.notices.push((
-                    owner.control,
-                    FromDevice::Opened {
-                        id: owner.id,
-                        reply,
-                    },
-                ));
+                self.notices.push((owner.control, FromDevice::Opened { id: owner.id, reply }));
             }
         }
         if let Some(reason) = slot.connection.take_failure() {
@@ -461,13 +398,7 @@ impl Muxer {
             if let Some(owner) = slot.owner.take() {
                 self.stats.failed += 1;
                 self.by_owner.remove(&owner);
-                self.notices.push((
-                    owner.control,
-                    FromDevice::Failed {
-                        id: owner.id,
-                        reason,
-                    },
-                ));
+                self.notices.push((owner.control, FromDevice::Failed { id: owner.id, reason }));
             }
         }
         if let Some(reset) = slot.connection.take_rst() {
@@ -487,11 +418,7 @@ impl Muxer {
             }
             return;
         }
-        let deadlines = [
-            self.earliest,
-            slot.deadline,
-            slot.connection.close_deadline(),
-        ];
+        let deadlines = [self.earliest, slot.deadline, slot.connection.close_deadline()];
         self.earliest = deadlines.into_iter().flatten().min();
         if !slot.queued && slot.connection.wants_permit() {
             slot.queued = true;

@@ -193,10 +193,7 @@ mod tests {
         assert_eq!(rst.reset_for(), None);
         let rw = Header::to_guest(3, 1, 2, Op::Rw);
         let answer = rw.reset_for().expect("an answer");
-        assert_eq!(
-            (answer.src_port, answer.dst_port, answer.dst_cid),
-            (2, 1, HOST_CID)
-        );
+        assert_eq!((answer.src_port, answer.dst_port, answer.dst_cid), (2, 1, HOST_CID));
     }
 
     proptest! {

@@ -18,9 +18,7 @@ impl PortRotation {
     /// Starts anywhere, so that a device that replaces another one does not repeat its numbers.
     pub fn new() -> Self {
         let any = RandomState::new().build_hasher().finish() as u32;
-        Self {
-            next: FIRST + any % (LAST - FIRST + 1),
-        }
+        Self { next: FIRST + any % (LAST - FIRST + 1) }
     }
 
     /// The next number that `taken` does not claim.
@@ -42,9 +40,7 @@ mod tests {
     #[test]
     fn a_freed_port_does_not_come_back_soon() {
         let mut ports = PortRotation { next: LAST - 1 };
-        let got: Vec<u32> = (0..4)
-            .map(|_| ports.allocate(|port| port == FIRST))
-            .collect();
+        let got: Vec<u32> = (0..4).map(|_| ports.allocate(|port| port == FIRST)).collect();
         assert_eq!(got, [LAST - 1, LAST, FIRST + 1, FIRST + 2]);
     }
 }

@@ -159,16 +159,8 @@ pub struct TxPacket<'m> {
 
 impl<'m> TxPacket<'m> {
     /// Reads a chain of the TX queue.
-    pub fn parse(
-        memory: &'m Memory,
-        chain: DescriptorChain<&'m Memory>,
-    ) -> Result<Self, ChainError> {
-        let all = Segments::collect(
-            memory,
-            chain.readable(),
-            Permissions::Read,
-            HEADER_LEN + MAX_PAYLOAD,
-        )?;
+    pub fn parse(memory: &'m Memory, chain: DescriptorChain<&'m Memory>) -> Result<Self, ChainError> {
+        let all = Segments::collect(memory, chain.readable(), Permissions::Read, HEADER_LEN + MAX_PAYLOAD)?;
         let mut bytes = [0; HEADER_LEN];
         let have = all.copy_to(&mut bytes);
         if have < HEADER_LEN {
@@ -199,11 +191,7 @@ pub struct RxQueue<'q, 'm> {
 impl<'q, 'm> RxQueue<'q, 'm> {
     /// Works on `queue` in `memory`.
     pub fn new(queue: &'q mut Queue, memory: &'m Memory) -> Self {
-        Self {
-            queue,
-            memory,
-            used: false,
-        }
+        Self { queue, memory, used: false }
     }
 
     /// Whether any chain was given back to the guest.
@@ -225,12 +213,7 @@ impl<'q, 'm> RxQueue<'q, 'm> {
             );
             match room {
                 Ok(room) if room.len() >= HEADER_LEN => {
-                    return Some(RxPermit {
-                        rx: self,
-                        head,
-                        room,
-                        spent: false,
-                    });
+                    return Some(RxPermit { rx: self, head, room, spent: false });
                 }
                 _ => self.give_back(head, 0),
             }

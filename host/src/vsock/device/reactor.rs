@@ -53,17 +53,12 @@ impl Reactor {
     /// Starts to listen for supervisors.
     pub fn new(guest_cid: u64, listener: OwnedFd) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
-        let timer = TimerFd::new(
-            ClockId::CLOCK_MONOTONIC,
-            TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK,
-        )?;
+        let timer =
+            TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         rustix::io::ioctl_fionbio(&listener, true)?;
         // Edge-triggered: a full fd table must not make the listener wake the loop for ever.
-        epoll.add(
-            &listener,
-            EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, LISTENER),
-        )?;
+        epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, LISTENER))?;
         epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER))?;
         epoll.add(&wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
         Ok(Self {
@@ -98,10 +93,7 @@ impl Reactor {
             self.accept();
         }
         let mut events = [EpollEvent::empty(); EVENTS];
-        let count = self
-            .epoll
-            .wait(&mut events, EpollTimeout::ZERO)
-            .unwrap_or(0);
+        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         for event in &events[..count] {
             match event.data() {
                 LISTENER => self.accept(),
@@ -113,9 +105,7 @@ impl Reactor {
                     let _ = self.wake.read();
                     self.woken = false;
                 }
-                token if token >= Muxer::FIRST_TOKEN => {
-                    self.muxer.on_host_event(token, event.events())
-                }
+                token if token >= Muxer::FIRST_TOKEN => self.muxer.on_host_event(token, event.events()),
                 token => self.serve(token, event.events()),
             }
         }
@@ -140,15 +130,9 @@ impl Reactor {
         if let Some(at) = next
             && self.timer_at.is_none_or(|set| at < set)
         {
-            let wait = at
-                .saturating_duration_since(now)
-                .max(Duration::from_millis(1));
+            let wait = at.saturating_duration_since(now).max(Duration::from_millis(1));
             let expiration = Expiration::OneShot(TimeSpec::from(wait));
-            if self
-                .timer
-                .set(expiration, TimerSetTimeFlags::empty())
-                .is_ok()
-            {
+            if self.timer.set(expiration, TimerSetTimeFlags::empty()).is_ok() {
                 self.timer_at = Some(at);
             }
         }
@@ -182,10 +166,7 @@ impl Reactor {
         }
         let token = self.next_control;
         self.next_control += 1;
-        if let Err(error) = self
-            .epoll
-            .add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, token))
-        {
+        if let Err(error) = self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, token)) {
             tracing::warn!(%error, "a supervisor cannot be watched");
             return;
         }
@@ -201,14 +182,8 @@ impl Reactor {
                 continue;
             }
             control.watched_for_room = congested;
-            let events = if congested {
-                EpollFlags::EPOLLOUT
-            } else {
-                EpollFlags::EPOLLIN
-            };
-            let _ = self
-                .epoll
-                .modify(control.as_fd(), &mut EpollEvent::new(events, *token));
+            let events = if congested { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
+            let _ = self.epoll.modify(control.as_fd(), &mut EpollEvent::new(events, *token));
         }
     }
 
@@ -217,9 +192,7 @@ impl Reactor {
             let Some(control) = self.controls.get(&token) else {
                 return;
             };
-            if control.congested()
-                && !events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR)
-            {
+            if control.congested() && !events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                 return;
             }
             match control.receive() {
@@ -242,20 +215,13 @@ impl Reactor {
     fn obey(&mut self, control: u64, record: Record) -> Result<(), Box<dyn std::error::Error>> {
         let now = Instant::now();
         match ToDevice::decode(&record.bytes)? {
-            ToDevice::Open {
-                id,
-                guest_port,
-                reply_len,
-                deadline_ms,
-                preamble,
-            } => {
+            ToDevice::Open { id, guest_port, reply_len, deadline_ms, preamble } => {
                 let owner = Owner { control, id };
                 if self.muxer.knows(owner) {
                     return Err(format!("stream {id} exists already").into());
                 }
                 let deadline = now + Duration::from_millis(deadline_ms.into()).min(MAX_DEADLINE);
-                self.muxer
-                    .open(owner, guest_port, preamble, reply_len as usize, deadline);
+                self.muxer.open(owner, guest_port, preamble, reply_len as usize, deadline);
             }
             ToDevice::Attach { id } => self.muxer.attach(Owner { control, id }, record.fd),
             ToDevice::Cancel { id } => self.muxer.cancel(Owner { control, id }),

@@ -1,0 +1,247 @@
+//! What is spawned through the keeper: the vsock device, passt, file servers, QEMU.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dhow_parent::{ParentError, ParentLink, Spawn, SpawnedChild};
+
+use super::state::State;
+use crate::config::{MountSpec, Paths};
+use crate::qemu::acceleration::{QEMU, find_in_path};
+use crate::qemu::command::Vm;
+
+/// A log is cut to nothing at a start when it is above this, in bytes; one older one is kept.
+const LOG_LIMIT: u64 = 4 << 20;
+/// How long a process may take to make its socket.
+const SOCKET_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a process of the host side is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The keeper could not start it.
+    #[error(transparent)]
+    Parent(#[from] ParentError),
+    /// Its program is missing.
+    #[error("{0} is not installed (looked for it in PATH)")]
+    Missing(&'static str),
+    /// A file that it needs could not be made.
+    #[error("cannot {what} {path}")]
+    File {
+        /// "open", "write".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It did not come up.
+    #[error("{name} did not come up within {seconds} s{log}")]
+    Deadline {
+        /// Its name.
+        name: &'static str,
+        /// The deadline.
+        seconds: u64,
+        /// The end of its log.
+        log: String,
+    },
+}
+
+/// Starts processes for one profile and notes their pids for `dhow status`.
+pub struct Processes<'a> {
+    /// The way to the keeper.
+    pub link: &'a ParentLink,
+    /// Where sockets and logs lie.
+    pub paths: &'a Paths,
+    /// Where pids are noted.
+    pub state: &'a State,
+}
+
+impl Processes<'_> {
+    /// The vsock device, with its two listening sockets.
+    ///
+    /// # Errors
+    /// As [`ProcessError`] says; likewise below.
+    pub async fn vsock_device(&self, vhost: OwnedFd, control: OwnedFd) -> Result<SpawnedChild, ProcessError> {
+        let argv = self.own(&["vsock-device", self.paths.profile().as_str()])?;
+        let fds = vec![("vhost".to_owned(), vhost), ("control".to_owned(), control)];
+        self.spawn("vsock-device", argv, fds).await
+    }
+
+    /// The file server of one share; `control` is where it is handed sessions.
+    pub async fn file_server(
+        &self,
+        number: u32,
+        share: &MountSpec,
+        control: OwnedFd,
+    ) -> Result<SpawnedChild, ProcessError> {
+        let mut arguments = vec!["file-server".to_owned(), share.path.display().to_string()];
+        if share.read_only {
+            arguments.push("--read-only".to_owned());
+        }
+        for masked in self.paths.own_dirs() {
+            arguments.extend(["--mask".to_owned(), masked.display().to_string()]);
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let argv = self.own(&arguments)?;
+        self.spawn(&format!("file-server-{number}"), argv, vec![("control".to_owned(), control)]).await
+    }
+
+    /// passt, listening on its socket; `None` where it is not installed. It ends with QEMU's connection.
+    pub async fn passt(&self, arguments: &[String]) -> Result<Option<SpawnedChild>, ProcessError> {
+        let Some(program) = find_in_path("passt") else {
+            return Ok(None);
+        };
+        let socket = self.paths.passt_socket();
+        // A stale one of a killed run; passt does not replace it.
+        let _ = std::fs::remove_file(&socket);
+        let mut argv = vec![program.display().to_string(), "--socket".to_owned()];
+        argv.push(socket.display().to_string());
+        argv.extend_from_slice(arguments);
+        let child = self.spawn("passt", argv, Vec::new()).await?;
+        self.wait_for_socket("passt", &socket, &child).await?;
+        Ok(Some(child))
+    }
+
+    /// QEMU. It inherits the data disk's locked fd.
+    pub async fn qemu(&self, vm: &Vm, disk: OwnedFd) -> Result<SpawnedChild, ProcessError> {
+        let program = find_in_path(QEMU).ok_or(ProcessError::Missing(QEMU))?;
+        let mut argv = vec![program.display().to_string()];
+        argv.extend(vm.arguments());
+        let _ = std::fs::remove_file(&vm.qmp_socket);
+        self.fresh_log(&vm.console)?;
+        self.spawn("qemu", argv, vec![("disk".to_owned(), disk)]).await
+    }
+
+    /// A command line of this very program.
+    fn own(&self, arguments: &[&str]) -> Result<Vec<String>, ProcessError> {
+        let program = std::env::current_exe().map_err(|source| ProcessError::File {
+            what: "find",
+            path: "the dhow program".into(),
+            source,
+        })?;
+        let program = program.display().to_string();
+        Ok(std::iter::once(program).chain(arguments.iter().map(|part| (*part).to_owned())).collect())
+    }
+
+    async fn spawn(
+        &self,
+        name: &str,
+        argv: Vec<String>,
+        fds: Vec<(String, OwnedFd)>,
+    ) -> Result<SpawnedChild, ProcessError> {
+        let log = self.fresh_log(&self.paths.log_dir().join(format!("{name}.log")))?;
+        let copy = |file: &File| {
+            file.as_fd().try_clone_to_owned().map_err(|source| ProcessError::File {
+                what: "duplicate the log of",
+                path: name.into(),
+                source,
+            })
+        };
+        let spawn = Spawn {
+            name: name.to_owned(),
+            argv,
+            env: std::env::vars().collect(),
+            cwd: Some("/".to_owned()),
+            stdout: Some(copy(&log)?),
+            stderr: Some(copy(&log)?),
+            fds,
+            oom_score_adj: None,
+            die_with_parent: false,
+        };
+        let child = self.link.spawn(spawn).await?;
+        self.state.learn(|facts| {
+            facts.processes.retain(|(known, _)| known != name);
+            facts.processes.push((name.to_owned(), child.pid));
+        });
+        Ok(child)
+    }
+
+    /// Opens a log for appending; an overlong one is moved aside first.
+    fn fresh_log(&self, path: &Path) -> Result<File, ProcessError> {
+        if path.metadata().is_ok_and(|meta| meta.len() > LOG_LIMIT) {
+            let old = path.with_extension("log.1");
+            std::fs::rename(path, &old).map_err(|source| ProcessError::File {
+                what: "move aside",
+                path: path.to_owned(),
+                source,
+            })?;
+        }
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|source| ProcessError::File { what: "open", path: path.to_owned(), source })
+    }
+
+    async fn wait_for_socket(
+        &self,
+        name: &'static str,
+        socket: &Path,
+        child: &SpawnedChild,
+    ) -> Result<(), ProcessError> {
+        let deadline = tokio::time::Instant::now() + SOCKET_DEADLINE;
+        loop {
+            if socket.exists() {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() >= deadline || has_ended(&child.pidfd) {
+                let log = log_end(&self.paths.log_dir().join(format!("{name}.log")), 5);
+                return Err(ProcessError::Deadline { name, seconds: SOCKET_DEADLINE.as_secs(), log });
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// Whether the process of `pidfd` has ended; it need not be a child of this one.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+}
+
+/// The last `lines` lines of a log, on lines of their own, control characters escaped; empty where
+/// there is none.
+pub fn log_end(path: &Path, lines: usize) -> String {
+    /// As many bytes as the lines at the end of a log can be expected to have.
+    const WINDOW: u64 = 16 << 10;
+    let read = || -> io::Result<Vec<u8>> {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW)))?;
+        let mut bytes = Vec::new();
+        file.take(WINDOW).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let Ok(bytes) = read() else {
+        return String::new();
+    };
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    if all.is_empty() {
+        return String::new();
+    }
+    let end = &all[all.len().saturating_sub(lines)..];
+    let escaped: String = end.iter().flat_map(|line| ["\n  | ".to_owned(), escape(line)]).collect();
+    format!("; the end of {}:{escaped}", path.display())
+}
+
+fn escape(line: &str) -> String {
+    line.chars()
+        .flat_map(|character| {
+            let escaped: Box<dyn Iterator<Item = char>> = if character.is_control() && character != '\t' {
+                Box::new(character.escape_default())
+            } else {
+                Box::new(std::iter::once(character))
+            };
+            escaped
+        })
+        .collect()
+}

@@ -1,1 +1,4 @@
-//! Image store: find, verify, compose the initramfs.
+//! Images: find one, read its manifest, compose the initramfs.
+
+pub mod initramfs;
+pub mod store;

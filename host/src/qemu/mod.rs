@@ -1,1 +1,5 @@
-//! QEMU: command line, QMP.
+//! QEMU: its command line, which acceleration works here, and QMP.
+
+pub mod acceleration;
+pub mod command;
+pub mod qmp;

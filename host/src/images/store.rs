@@ -1,0 +1,1 @@
+//! Where an image is found and what it says of itself.

@@ -1,0 +1,99 @@
+//! A parent and its worker, for real: the worker is this test binary, started again.
+
+#![allow(clippy::unwrap_used, reason = "a test helper may fail loudly")]
+
+use std::ffi::OsString;
+use std::io::{Read, Seek, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dhow_parent::{Limits, Outcome, Parent, ParentLink, Spawn, WorkerCommand, inherited_fds};
+
+/// Environment variable with the folder that worker and test share.
+const FOLDER: &str = "DHOW_TEST_FOLDER";
+
+fn parent(entry: &str, folder: &Path, restarts: u32) -> Parent {
+    let argv = [
+        std::env::current_exe().unwrap().into_os_string(),
+        OsString::from(entry),
+        OsString::from("--exact"),
+        OsString::from("--ignored"),
+        OsString::from("--nocapture"),
+    ];
+    let env = vec![(FOLDER.to_owned(), folder.display().to_string())];
+    let limits = Limits { restarts, window: Duration::from_secs(30) };
+    Parent::new(WorkerCommand { argv: argv.into(), env }, limits, false).unwrap()
+}
+
+fn folder() -> Option<PathBuf> {
+    std::env::var_os(FOLDER).map(PathBuf::from)
+}
+
+#[test]
+fn fds_and_children_outlive_a_killed_worker() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parent = parent("worker_that_dies_once", dir.path(), 3);
+    let mut file = tempfile::tempfile_in(dir.path()).unwrap();
+    parent.hold("given", file.as_fd().try_clone_to_owned().unwrap());
+    assert_eq!(parent.run(), Outcome::ShutDown);
+    let report = std::fs::read_to_string(dir.path().join("second")).unwrap();
+    assert!(report.contains("given made"), "{report}");
+    assert!(report.contains("child sleeper"), "{report}");
+    assert!(report.contains("exit sleeper 9"), "{report}");
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "first second ");
+    assert!(parent.children().is_empty());
+}
+
+#[test]
+fn a_worker_that_keeps_dying_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(parent("worker_that_dies", dir.path(), 3).run(), Outcome::GaveUp);
+    assert_eq!(std::fs::read_to_string(dir.path().join("starts")).unwrap().len(), 4);
+}
+
+#[tokio::test]
+#[ignore = "the worker of the test above, not a test"]
+async fn worker_that_dies_once() {
+    let Some(dir) = folder() else { return };
+    let mut inherited = inherited_fds().unwrap();
+    let (link, mut restored) = ParentLink::connect(&mut inherited).unwrap();
+    let mut given = std::fs::File::from(restored.fds.remove("given").unwrap());
+    if !dir.join("first").exists() {
+        std::fs::write(dir.join("first"), "").unwrap();
+        given.write_all(b"first ").unwrap();
+        link.hold("made", given.as_fd()).await.unwrap();
+        link.hold("gone", given.as_fd()).await.unwrap();
+        link.release("gone").await.unwrap();
+        let argv = vec!["/bin/sleep".to_owned(), "600".to_owned()];
+        let spawn = Spawn { name: "sleeper".to_owned(), argv, die_with_parent: true, ..Spawn::default() };
+        link.spawn(spawn).await.unwrap();
+        let missing = Spawn { name: "x".to_owned(), argv: vec!["/no/such".to_owned()], ..Spawn::default() };
+        let error = link.spawn(missing).await.unwrap_err().to_string();
+        assert!(error.contains("/no/such"), "{error}");
+        std::process::abort();
+    }
+    given.write_all(b"second ").unwrap();
+    let mut names: Vec<_> = restored.fds.keys().map(String::as_str).collect();
+    names.push("given");
+    names.sort_unstable();
+    let child = &restored.children[0];
+    let mut report = format!("{} child {} ", names.join(" "), child.name);
+    rustix::process::pidfd_send_signal(&child.pidfd, rustix::process::Signal::KILL).unwrap();
+    let exit = restored.exits.recv().await.unwrap();
+    report.push_str(&format!("exit {} {}", exit.name, exit.status));
+    std::fs::write(dir.join("second"), report).unwrap();
+    link.shut_down().await.unwrap();
+}
+
+#[test]
+#[ignore = "the worker of the test above, not a test"]
+fn worker_that_dies() {
+    let Some(dir) = folder() else { return };
+    let mut file = std::fs::File::options().create(true).append(true).open(dir.join("starts")).unwrap();
+    file.write_all(b"x").unwrap();
+    std::process::abort();
+}

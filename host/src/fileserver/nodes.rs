@@ -1,0 +1,319 @@
+//! What a node id means: a folder and a name to find it by, and who must be found there.
+//!
+//! A node costs no fd. Folders' fds are cached, so many at the most as the budget says; a node that
+//! lost its name while the guest still knows it keeps one fd of its own until it is forgotten. The
+//! counts are the server's: forgetting more than was given out ends at nothing.
+//!
+//! Node ids derive from inode numbers, so that they (and with them what stat(2) tells in the guest)
+//! are the same after a restart of the server, for the file system that the share's root is on.
+//! Asking a new server for an id that only the old one gave out is answered with ESTALE, upon which
+//! the guest kernel looks names up again.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use dhow_protocol::files::{Name, NodeId};
+use rustix::io::{Errno, Result};
+
+use super::host_fs::Identity;
+
+/// Ids with this bit are counted up, for inodes whose own number cannot be used.
+const COUNTED: u64 = 1 << 63;
+/// Inode numbers below this are used as they are.
+const INODE_LIMIT: u64 = 1 << 48;
+/// Longest chain of folders; also ends a loop that racing renames can leave in the hints.
+const MAX_DEPTH: usize = 4096;
+
+#[derive(Debug)]
+struct Node {
+    parent: NodeId,
+    name: Option<Name>,
+    identity: Identity,
+    references: u64,
+    children: u64,
+    pinned: Option<Arc<OwnedFd>>,
+}
+
+/// Where to look for a node.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// It has an fd.
+    Open(Arc<OwnedFd>),
+    /// It should be there.
+    Named {
+        /// In this folder.
+        parent: NodeId,
+        /// Under this name.
+        name: Name,
+    },
+}
+
+/// The table of nodes.
+#[derive(Debug)]
+pub struct Nodes {
+    by_id: HashMap<NodeId, Node>,
+    by_inode: HashMap<(u64, u64), NodeId>,
+    devices: Vec<u64>,
+    next: u64,
+    folders: HashMap<NodeId, (Arc<OwnedFd>, u64)>,
+    folders_limit: usize,
+    clock: u64,
+    pinned: usize,
+    pinned_limit: usize,
+}
+
+impl Nodes {
+    /// A table with the root alone. `fd_budget` bounds the fds that it keeps.
+    pub fn new(root: Arc<OwnedFd>, identity: Identity, fd_budget: usize) -> Self {
+        let mut nodes = Self {
+            by_id: HashMap::new(),
+            by_inode: HashMap::new(),
+            devices: vec![identity.device],
+            next: 1,
+            folders: HashMap::new(),
+            folders_limit: (fd_budget / 2).max(8),
+            clock: 0,
+            pinned: 0,
+            pinned_limit: (fd_budget / 2).max(8),
+        };
+        nodes.by_inode.insert((identity.device, identity.inode), NodeId::ROOT);
+        let root = Node {
+            parent: NodeId::ROOT,
+            name: None,
+            identity,
+            references: 1,
+            children: 0,
+            pinned: Some(root),
+        };
+        nodes.by_id.insert(NodeId::ROOT, root);
+        nodes
+    }
+
+    /// Drops everything but the root.
+    pub fn clear(&mut self) {
+        self.by_id.retain(|id, _| *id == NodeId::ROOT);
+        self.by_inode.retain(|_, id| *id == NodeId::ROOT);
+        if let Some(root) = self.by_id.get_mut(&NodeId::ROOT) {
+            root.children = 0;
+        }
+        self.folders.clear();
+        self.pinned = 0;
+    }
+
+    /// Notes that `identity` was seen under this name, and gives one reference to its node.
+    pub fn enter(&mut self, parent: NodeId, name: &Name, identity: &Identity) -> NodeId {
+        let key = (identity.device, identity.inode);
+        let known = self.by_inode.get(&key).copied();
+        let id = match known {
+            Some(id) if self.by_id.get(&id).is_some_and(|node| node.identity == *identity) => id,
+            known => {
+                // Another file under a reused inode number: the old node stays, out of reach.
+                let id = self.new_id(known, identity);
+                self.by_inode.insert(key, id);
+                let node = Node {
+                    parent,
+                    name: Some(name.clone()),
+                    identity: *identity,
+                    references: 0,
+                    children: 0,
+                    pinned: None,
+                };
+                self.by_id.insert(id, node);
+                self.add_child(parent);
+                id
+            }
+        };
+        if id != NodeId::ROOT {
+            self.moved(id, parent, name);
+            if let Some(node) = self.by_id.get_mut(&id) {
+                node.references = node.references.saturating_add(1);
+            }
+        }
+        id
+    }
+
+    /// Notes a node's new folder and name.
+    pub fn moved(&mut self, id: NodeId, parent: NodeId, name: &Name) {
+        let Some(node) = self.by_id.get_mut(&id) else { return };
+        if id == NodeId::ROOT {
+            return;
+        }
+        if node.pinned.take().is_some() {
+            self.pinned = self.pinned.saturating_sub(1);
+        }
+        if node.name.as_ref() != Some(name) {
+            node.name = Some(name.clone());
+        }
+        let old = std::mem::replace(&mut node.parent, parent);
+        if old != parent {
+            self.add_child(parent);
+            self.drop_child(old);
+        }
+    }
+
+    /// The node that is known under this name, if it is wanted still.
+    pub fn named(&self, parent: NodeId, name: &Name, identity: &Identity) -> Option<NodeId> {
+        let id = *self.by_inode.get(&(identity.device, identity.inode))?;
+        let node = self.by_id.get(&id)?;
+        let same = node.identity == *identity && node.parent == parent && node.name.as_ref() == Some(name);
+        same.then_some(id)
+    }
+
+    /// The node of a file, if it is known.
+    pub fn find(&self, identity: &Identity) -> Option<NodeId> {
+        let id = *self.by_inode.get(&(identity.device, identity.inode))?;
+        self.by_id.get(&id).is_some_and(|node| node.identity == *identity).then_some(id)
+    }
+
+    /// Whether one more node could keep an fd.
+    pub fn can_pin(&self) -> bool {
+        self.pinned < self.pinned_limit
+    }
+
+    /// Lets a node that lost its name live on by `fd`.
+    pub fn pin(&mut self, id: NodeId, fd: Arc<OwnedFd>) {
+        if let Some(node) = self.by_id.get_mut(&id)
+            && node.pinned.replace(fd).is_none()
+        {
+            self.pinned += 1;
+        }
+    }
+
+    /// Takes references back.
+    pub fn forget(&mut self, id: NodeId, count: u64) {
+        if id == NodeId::ROOT {
+            return;
+        }
+        if let Some(node) = self.by_id.get_mut(&id) {
+            node.references = node.references.saturating_sub(count);
+            self.collect(id);
+        }
+    }
+
+    /// Who a node must be.
+    pub fn identity(&self, id: NodeId) -> Result<Identity> {
+        self.by_id.get(&id).map(|node| node.identity).ok_or(Errno::STALE)
+    }
+
+    /// Where a node is.
+    pub fn place(&self, id: NodeId) -> Result<Place> {
+        let node = self.by_id.get(&id).ok_or(Errno::STALE)?;
+        match (&node.pinned, &node.name) {
+            (Some(fd), _) => Ok(Place::Open(Arc::clone(fd))),
+            (None, Some(name)) => Ok(Place::Named { parent: node.parent, name: name.clone() }),
+            (None, None) => Err(Errno::STALE),
+        }
+    }
+
+    /// The way to a folder: the nearest folder above (or itself) with an fd, and what to open from
+    /// there, in order.
+    pub fn way(&mut self, folder: NodeId) -> Result<(Arc<OwnedFd>, Vec<(NodeId, Name, Identity)>)> {
+        let mut steps = Vec::new();
+        let mut at = folder;
+        while steps.len() < MAX_DEPTH {
+            if let Some(fd) = self.cached(at) {
+                steps.reverse();
+                return Ok((fd, steps));
+            }
+            let identity = self.identity(at)?;
+            match self.place(at)? {
+                Place::Open(fd) => {
+                    steps.reverse();
+                    return Ok((fd, steps));
+                }
+                Place::Named { parent, name } => {
+                    steps.push((at, name, identity));
+                    at = parent;
+                }
+            }
+        }
+        Err(Errno::LOOP)
+    }
+
+    /// Keeps a folder's fd, and drops those that were not used for longest when there are too many.
+    pub fn cache(&mut self, id: NodeId, fd: Arc<OwnedFd>) {
+        if !self.by_id.contains_key(&id) {
+            return;
+        }
+        if self.folders.len() >= self.folders_limit {
+            let mut ages: Vec<_> = self.folders.values().map(|(_, used)| *used).collect();
+            ages.sort_unstable();
+            let oldest = ages[ages.len() / 4];
+            self.folders.retain(|_, (_, used)| *used > oldest);
+        }
+        self.clock += 1;
+        self.folders.insert(id, (fd, self.clock));
+    }
+
+    /// Drops all cached fds.
+    pub fn drop_cache(&mut self) {
+        self.folders.clear();
+    }
+
+    /// Nodes that are known.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    fn cached(&mut self, id: NodeId) -> Option<Arc<OwnedFd>> {
+        self.clock += 1;
+        let (fd, used) = self.folders.get_mut(&id)?;
+        *used = self.clock;
+        Some(Arc::clone(fd))
+    }
+
+    fn new_id(&mut self, taken: Option<NodeId>, identity: &Identity) -> NodeId {
+        let device = self.devices.iter().position(|device| *device == identity.device);
+        let device = device.unwrap_or_else(|| {
+            self.devices.push(identity.device);
+            self.devices.len() - 1
+        });
+        let natural = (device as u64) << 48 | identity.inode;
+        let usable = taken.is_none()
+            && natural > NodeId::ROOT.0
+            && identity.inode < INODE_LIMIT
+            && device < 1 << 14
+            && !self.by_id.contains_key(&NodeId(natural));
+        if usable {
+            return NodeId(natural);
+        }
+        self.next += 1;
+        NodeId(COUNTED | self.next)
+    }
+
+    fn add_child(&mut self, parent: NodeId) {
+        if let Some(parent) = self.by_id.get_mut(&parent) {
+            parent.children += 1;
+        }
+    }
+
+    fn drop_child(&mut self, parent: NodeId) {
+        if let Some(node) = self.by_id.get_mut(&parent) {
+            node.children = node.children.saturating_sub(1);
+            self.collect(parent);
+        }
+    }
+
+    /// Drops a node that nobody refers to, then its folder likewise.
+    fn collect(&mut self, mut id: NodeId) {
+        while id != NodeId::ROOT {
+            let Some(node) = self.by_id.get(&id) else { return };
+            if node.references > 0 || node.children > 0 {
+                return;
+            }
+            let Some(node) = self.by_id.remove(&id) else { return };
+            let key = (node.identity.device, node.identity.inode);
+            if self.by_inode.get(&key) == Some(&id) {
+                self.by_inode.remove(&key);
+            }
+            self.folders.remove(&id);
+            self.pinned -= usize::from(node.pinned.is_some()).min(self.pinned);
+            id = node.parent;
+            if let Some(parent) = self.by_id.get_mut(&id) {
+                parent.children = parent.children.saturating_sub(1);
+            }
+        }
+    }
+}

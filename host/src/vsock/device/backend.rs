@@ -1,6 +1,7 @@
 //! The vhost-user side: features, configuration space and the virtqueues' turns.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -47,8 +48,8 @@ impl Backend {
     }
 
     /// The reactor's epoll set.
-    pub fn poll_fd(&self) -> i32 {
-        self.reactor.poll_fd()
+    pub fn poll_set(&self) -> BorrowedFd<'_> {
+        self.reactor.poll_set()
     }
 
     fn running(vring: &VringMutex) -> bool {

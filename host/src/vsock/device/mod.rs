@@ -11,7 +11,7 @@
 //! stops it by the backend's lock. After start the device opens no file and creates no socket: it accepts
 //! supervisors and receives fds.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
@@ -32,6 +32,8 @@ mod packet;
 mod ports;
 mod queue;
 mod reactor;
+#[cfg(test)]
+mod tests;
 
 use backend::{Backend, REACTOR_EVENT, SharedBackend};
 use queue::Memory;
@@ -73,12 +75,14 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     let memory = GuestMemoryAtomic::new(Memory::new());
     let reactor = Reactor::new(args.guest_cid, args.control_listener).map_err(DeviceError::Start)?;
     let backend = Backend::new(args.guest_cid, memory.clone(), reactor);
-    let poll_fd = backend.poll_fd();
+    let poll_set = backend.poll_set().as_raw_fd();
     let backend: SharedBackend = Arc::new(Mutex::new(backend));
 
     let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory).map_err(vhost_user)?;
     for handler in daemon.get_epoll_handlers() {
-        handler.register_listener(poll_fd, EventSet::IN, REACTOR_EVENT).map_err(DeviceError::Start)?;
+        handler
+            .register_listener(poll_set, EventSet::IN, REACTOR_EVENT)
+            .map_err(DeviceError::Start)?;
     }
     let mut listener = Listener::from(UnixListener::from(args.vhost_listener));
     daemon.start(&mut listener).map_err(vhost_user)?;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -76,8 +76,8 @@ impl Reactor {
     }
 
     /// The epoll set, readable when [`Self::turn`] has something to do.
-    pub fn poll_fd(&self) -> RawFd {
-        self.epoll.0.as_raw_fd()
+    pub fn poll_set(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     /// Makes the event loop come back at once: there is more to do than one turn did.

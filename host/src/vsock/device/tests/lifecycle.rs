@@ -1,0 +1,448 @@
+//! How streams begin and end.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use vhost_user_backend::{VhostUserBackendMut, VringT};
+
+use super::super::control::{FromDevice, Reason, ToDevice};
+use super::super::credit::WINDOW;
+use super::super::muxer::MAX_CONNECTIONS;
+use super::super::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND};
+use super::guest::{Guest, RxLayout, pattern};
+
+fn open_message(id: u32, deadline_ms: u32) -> ToDevice {
+    ToDevice::Open {
+        id,
+        guest_port: 1000,
+        reply_len: 0,
+        deadline_ms,
+        preamble: vec![],
+    }
+}
+
+fn read_to_end(guest: &mut Guest, mut socket: impl Read) -> Vec<u8> {
+    let mut got = Vec::new();
+    guest.until("end of the stream", |_| {
+        let mut chunk = [0; 65536];
+        match socket.read(&mut chunk) {
+            Ok(0) => Some(()),
+            Ok(n) => {
+                got.extend_from_slice(&chunk[..n]);
+                None
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                None
+            }
+        }
+    });
+    got
+}
+
+fn tcp_pair() -> (TcpStream, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    client.set_nonblocking(true).unwrap();
+    (client, listener.accept().unwrap().0.into())
+}
+
+#[test]
+fn preamble_reply_and_what_follows() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, b"hello", 3);
+    let (header, payload) = guest.expect(Op::Rw);
+    assert_eq!(payload, b"hello");
+    assert_eq!(header.buf_alloc, WINDOW);
+    guest.send(stream.header(Op::Rw), b"a", &[]);
+    assert_eq!(guest.try_answer(), None, "the reply is not complete");
+    guest.send(stream.header(Op::Rw), b"bcdef", &[]);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Opened {
+            id: 1,
+            reply: b"abc".to_vec()
+        }
+    );
+    guest.send(stream.header(Op::Rw), b"gh", &[]);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    guest.attach(1, theirs.into());
+    let mut got = [0; 5];
+    ours.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"defgh");
+}
+
+#[test]
+fn a_long_preamble_waits_for_credit() {
+    let mut guest = Guest::new();
+    let preamble = pattern(60 * 1024);
+    let open = ToDevice::Open {
+        id: 1,
+        guest_port: 1000,
+        reply_len: 0,
+        deadline_ms: 9999,
+        preamble: preamble.clone(),
+    };
+    guest.ask(open, None);
+    let (request, _) = guest.expect(Op::Request);
+    let mut stream = super::guest::Stream {
+        host_port: request.src_port,
+        guest_port: 1000,
+        buf_alloc: 10_000,
+        fwd_cnt: 0,
+    };
+    guest.send(stream.header(Op::Response), &[], &[]);
+    let mut got = Vec::new();
+    while got.len() < preamble.len() {
+        let (header, payload) = guest.next();
+        match Op::from_wire(header.op) {
+            Some(Op::Rw) => {
+                got.extend_from_slice(&payload);
+                assert!(got.len() - stream.fwd_cnt as usize <= 10_000);
+            }
+            Some(Op::CreditRequest) => {
+                stream.fwd_cnt = got.len() as u32;
+                guest.send(stream.header(Op::CreditUpdate), &[], &[]);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(got, preamble);
+    assert!(matches!(guest.answer(), FromDevice::Opened { .. }));
+}
+
+#[test]
+fn nobody_listens() {
+    let mut guest = Guest::new();
+    guest.ask(open_message(1, 10_000), None);
+    let (request, _) = guest.expect(Op::Request);
+    let stream = super::guest::Stream {
+        host_port: request.src_port,
+        guest_port: 1000,
+        buf_alloc: 0,
+        fwd_cnt: 0,
+    };
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 1,
+            reason: Reason::Refused
+        }
+    );
+    guest.expect_silence();
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn opens_wait_for_the_driver_until_their_deadline() {
+    let mut guest = Guest::off(RxLayout::One);
+    guest.ask(open_message(1, 30), None);
+    guest.ask(open_message(2, 10_000), None);
+    std::thread::sleep(Duration::from_millis(40));
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 1,
+            reason: Reason::Deadline
+        }
+    );
+    guest.start();
+    guest.post_all();
+    guest.expect(Op::Request);
+    guest.expect_silence();
+    assert_eq!(guest.connections(), 1);
+}
+
+#[test]
+fn an_unanswered_request_ends_at_its_deadline() {
+    let mut guest = Guest::new();
+    guest.ask(open_message(1, 20), None);
+    guest.expect(Op::Request);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 1,
+            reason: Reason::Deadline
+        }
+    );
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn half_close_from_the_host() {
+    let mut guest = Guest::new();
+    let (stream, mut ours) = guest.open_pair(1);
+    ours.write_all(b"question").unwrap();
+    ours.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(guest.expect(Op::Rw).1, b"question");
+    assert_eq!(guest.expect(Op::Shutdown).0.flags, SHUTDOWN_SEND);
+    guest.send(stream.header(Op::Rw), b"answer", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+    assert_eq!(read_to_end(&mut guest, &ours), b"answer");
+    assert_eq!(guest.expect(Op::Shutdown).0.flags, SHUTDOWN_BOTH);
+    assert_eq!(guest.connections(), 1, "until the guest agrees");
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    assert_eq!(guest.connections(), 0);
+    guest.expect_silence();
+}
+
+#[test]
+fn half_close_from_the_guest() {
+    let mut guest = Guest::new();
+    let (stream, mut ours) = guest.open_pair(1);
+    guest.send(stream.header(Op::Rw), b"answer", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+    assert_eq!(read_to_end(&mut guest, &ours), b"answer");
+    ours.write_all(b"late").unwrap();
+    assert_eq!(guest.expect(Op::Rw).1, b"late");
+    drop(ours);
+    assert_eq!(guest.expect(Op::Shutdown).0.flags, SHUTDOWN_BOTH);
+}
+
+#[test]
+fn a_guest_that_closes_gets_its_rst_at_once_and_the_client_all_its_bytes() {
+    let mut guest = Guest::new();
+    let (stream, ours) = guest.open_pair(1);
+    // More than a socket pair holds, within the window.
+    let bytes = pattern(WINDOW as usize);
+    for chunk in bytes.chunks(65536) {
+        guest.send(stream.header(Op::Rw), chunk, &[44, 32768]);
+    }
+    guest.inbox.clear();
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 1, "it drains");
+    assert_eq!(read_to_end(&mut guest, &ours), bytes);
+    assert_eq!(guest.connections(), 0);
+    guest.expect_silence();
+}
+
+#[test]
+fn a_guest_that_closes_before_the_fd_comes() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    guest.send(stream.header(Op::Rw), b"greeting", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    guest.attach(1, theirs.into());
+    assert_eq!(read_to_end(&mut guest, &ours), b"greeting");
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn a_guest_that_closes_before_its_reply() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 5);
+    guest.send(stream.header(Op::Rw), b"half", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 1,
+            reason: Reason::GuestClosed
+        }
+    );
+}
+
+#[test]
+fn a_cut_is_a_reset_for_a_tcp_client() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    let (mut client, fd) = tcp_pair();
+    guest.attach(1, fd);
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    let error = guest.until("reset", |_| match client.read(&mut [0; 10]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+        other => Some(other),
+    });
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    guest.expect_silence();
+}
+
+#[test]
+fn a_reset_after_both_halves_is_a_normal_end() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    let (mut client, fd) = tcp_pair();
+    guest.attach(1, fd);
+    client.write_all(b"x").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    guest.expect(Op::Rw);
+    guest.expect(Op::Shutdown);
+    guest.repost = false;
+    guest.send(stream.header(Op::Rw), b"bye", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    assert_eq!(read_to_end(&mut guest, &client), b"bye");
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn a_broken_client_resets_the_guest() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    let (client, fd) = tcp_pair();
+    guest.attach(1, fd);
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 0);
+    // Its late packets are strays now, and answered as such.
+    guest.send(stream.header(Op::Rw), b"late", &[]);
+    guest.expect(Op::Rst);
+}
+
+#[test]
+fn a_guest_that_will_not_read() {
+    let mut guest = Guest::new();
+    let (stream, mut ours) = guest.open_pair(1);
+    guest.send(stream.shutdown(SHUTDOWN_RCV), &[], &[]);
+    assert!(ours.write_all(b"unwanted").is_err());
+    guest.send(stream.header(Op::Rw), b"still talking", &[]);
+    let mut got = [0; 13];
+    ours.read_exact(&mut got).unwrap();
+    guest.expect_silence();
+    guest.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn cancel_and_a_dead_supervisor_reset_what_has_no_fd() {
+    let mut guest = Guest::new();
+    guest.open(1, &[], 0);
+    guest.answer();
+    guest.ask(ToDevice::Cancel { id: 1 }, None);
+    guest.expect(Op::Rst);
+    let (stream, mut ours) = guest.open_pair(2);
+    guest.open(3, &[], 0);
+    guest.answer();
+    // A successor takes over; what has an fd lives on.
+    guest.control = guest.connect();
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 1);
+    guest.send(stream.header(Op::Rw), b"alive", &[]);
+    let mut got = [0; 5];
+    ours.read_exact(&mut got).unwrap();
+}
+
+#[test]
+fn an_fd_for_a_stream_that_was_reset_becomes_a_reset() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 1,
+            reason: Reason::GuestReset
+        }
+    );
+    let (mut client, fd) = tcp_pair();
+    guest.ask(ToDevice::Attach { id: 1 }, Some(fd));
+    assert_eq!(
+        guest.answer(),
+        FromDevice::AttachFailed {
+            id: 1,
+            reason: Reason::Unknown
+        }
+    );
+    assert_eq!(
+        client.read(&mut [0; 10]).unwrap_err().kind(),
+        ErrorKind::ConnectionReset
+    );
+}
+
+#[test]
+fn an_fd_that_is_no_stream_socket_is_refused() {
+    let mut guest = Guest::new();
+    guest.open(1, &[], 0);
+    guest.answer();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    guest.ask(ToDevice::Attach { id: 1 }, Some(file.into()));
+    assert_eq!(
+        guest.answer(),
+        FromDevice::AttachFailed {
+            id: 1,
+            reason: Reason::BadFd
+        }
+    );
+    guest.expect(Op::Rst);
+    guest.open(2, &[], 0);
+    guest.answer();
+    guest.ask(ToDevice::Attach { id: 2 }, None);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::AttachFailed {
+            id: 2,
+            reason: Reason::BadFd
+        }
+    );
+}
+
+#[test]
+fn a_stopped_driver_closes_every_fd() {
+    let mut guest = Guest::new();
+    let (_, ours) = guest.open_pair(1);
+    guest.open(2, &[], 0);
+    guest.answer();
+    guest.vrings[0].set_queue_ready(false);
+    guest.backend.stop_vring(0).unwrap();
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 2,
+            reason: Reason::DeviceReset
+        }
+    );
+    assert_eq!(read_to_end(&mut guest, &ours), b"");
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn there_is_a_limit() {
+    let mut guest = Guest::new();
+    for id in 0..MAX_CONNECTIONS as u32 {
+        guest.ask(open_message(id, 60_000), None);
+        guest.expect(Op::Request);
+    }
+    guest.ask(open_message(5000, 60_000), None);
+    assert_eq!(
+        guest.answer(),
+        FromDevice::Failed {
+            id: 5000,
+            reason: Reason::TooMany
+        }
+    );
+    guest.ask(ToDevice::Cancel { id: 0 }, None);
+    guest.expect(Op::Rst);
+    guest.ask(open_message(5000, 60_000), None);
+    guest.expect(Op::Request);
+}
+
+#[test]
+fn a_dead_connections_socket_is_no_longer_watched() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let duplicate = theirs.try_clone().unwrap();
+    guest.attach(1, theirs.into());
+    guest.send(stream.header(Op::Rst), &[], &[]);
+    guest.step();
+    ours.write_all(b"anyone there?").unwrap();
+    assert!(!guest.busy(), "an event of a connection that is gone");
+    drop(duplicate);
+}

@@ -1,0 +1,8 @@
+//! The device against a guest of our own: real rings, real sockets, no VM.
+#![allow(clippy::unwrap_used)]
+
+mod bulk;
+mod client;
+mod guest;
+mod hostile;
+mod lifecycle;

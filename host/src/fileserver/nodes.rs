@@ -208,6 +208,7 @@ impl Nodes {
 
     /// The way to a folder: the nearest folder above (or itself) with an fd, and what to open from
     /// there, in order.
+    #[allow(clippy::type_complexity, reason = "a folder and the way to it, used once")]
     pub fn way(&mut self, folder: NodeId) -> Result<(Arc<OwnedFd>, Vec<(NodeId, Name, Identity)>)> {
         let mut steps = Vec::new();
         let mut at = folder;
@@ -249,12 +250,6 @@ impl Nodes {
     /// Drops all cached fds.
     pub fn drop_cache(&mut self) {
         self.folders.clear();
-    }
-
-    /// Nodes that are known.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.by_id.len()
     }
 
     fn cached(&mut self, id: NodeId) -> Option<Arc<OwnedFd>> {

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+/// Time of the last change, and size.
+type Stamp = (SystemTime, u64);
+
 /// A small text file and what it means, parsed again when its time or size changes.
 #[derive(Debug)]
 pub(super) struct Watched<T> {

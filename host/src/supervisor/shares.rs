@@ -62,7 +62,7 @@ async fn try_mount(
     let (device_end, server_end) = pair(SocketType::STREAM)?;
     let header = StreamHeader::Files { share: number, session };
     guest.opener.open_with(&header, device_end).await?;
-    crate::fileserver::hand_session(ours.as_fd(), server_end)?;
+    crate::fileserver::hand_over(ours.as_fd(), server_end.as_fd())?;
     let request =
         MountRequest { share: number, path: share.path.display().to_string(), read_only: share.read_only };
     guest.control.request(ControlRequest::Mount(request), MOUNT_DEADLINE).await?;

@@ -80,9 +80,7 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
 
     let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory).map_err(vhost_user)?;
     for handler in daemon.get_epoll_handlers() {
-        handler
-            .register_listener(poll_set, EventSet::IN, REACTOR_EVENT)
-            .map_err(DeviceError::Start)?;
+        handler.register_listener(poll_set, EventSet::IN, REACTOR_EVENT).map_err(DeviceError::Start)?;
     }
     let mut listener = Listener::from(UnixListener::from(args.vhost_listener));
     daemon.start(&mut listener).map_err(vhost_user)?;

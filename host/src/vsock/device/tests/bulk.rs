@@ -10,13 +10,7 @@ use super::guest::{Guest, RxLayout, Stream, pattern};
 const SIZES: [usize; 7] = [1, 4096, 32767, 32768, 32769, 65536, 1_000_000];
 
 /// Sends from the guest, in packets of 64 KiB within its credit, and reads slowly from the host's socket.
-fn guest_to_host(
-    guest: &mut Guest,
-    stream: &Stream,
-    ours: &mut UnixStream,
-    bytes: &[u8],
-    cuts: &[usize],
-) {
+fn guest_to_host(guest: &mut Guest, stream: &Stream, ours: &mut UnixStream, bytes: &[u8], cuts: &[usize]) {
     let (mut sent, mut credit, mut got) = (0usize, WINDOW as usize, Vec::new());
     let mut chunk = vec![0; 10_007];
     guest.until("all bytes", |guest| {
@@ -58,10 +52,7 @@ fn host_to_guest(guest: &mut Guest, stream: &mut Stream, ours: &mut UnixStream, 
             }
             packets += 1;
         }
-        assert!(
-            got.len() - (stream.fwd_cnt as usize) <= stream.buf_alloc as usize,
-            "credit exceeded"
-        );
+        assert!(got.len() - (stream.fwd_cnt as usize) <= stream.buf_alloc as usize, "credit exceeded");
         if packets > 0 {
             stream.fwd_cnt = got.len() as u32;
             guest.send(stream.header(Op::CreditUpdate), &[], &[]);
@@ -84,13 +75,8 @@ fn every_size_both_ways() {
 
 #[test]
 fn every_layout() {
-    let cuts: [&[usize]; 5] = [
-        &[44],
-        &[44, 32768],
-        &[10, 34, 1, 32768],
-        &[43, 2],
-        &[44, 0, 4096, 4096, 4096, 4096],
-    ];
+    let cuts: [&[usize]; 5] =
+        [&[44], &[44, 32768], &[10, 34, 1, 32768], &[43, 2], &[44, 0, 4096, 4096, 4096, 4096]];
     for (i, cuts) in cuts.iter().enumerate() {
         for layout in [RxLayout::One, RxLayout::HeaderApart, RxLayout::Pieces] {
             let mut guest = Guest::with(layout, i % 2 == 0);
@@ -127,25 +113,14 @@ fn host_data_stays_in_the_socket_until_the_guest_can_take_it() {
         guest.step();
     }
     assert_eq!(guest.inbox.len(), 2, "no more packets than buffers");
-    assert!(
-        !guest.busy(),
-        "without buffers there is nothing to be woken for"
-    );
-    let mut got: Vec<u8> = guest
-        .inbox
-        .drain(..)
-        .flat_map(|(_, payload)| payload)
-        .collect();
+    assert!(!guest.busy(), "without buffers there is nothing to be woken for");
+    let mut got: Vec<u8> = guest.inbox.drain(..).flat_map(|(_, payload)| payload).collect();
     for buffer in 0..3 {
         guest.post(buffer);
     }
     guest.step();
     got.extend(guest.inbox.drain(..).flat_map(|(_, payload)| payload));
-    assert_eq!(
-        got,
-        pattern(20_000),
-        "5 packets of 4,052 bytes hold all of it"
-    );
+    assert_eq!(got, pattern(20_000), "5 packets of 4,052 bytes hold all of it");
 }
 
 #[test]
@@ -227,25 +202,14 @@ fn small_packets_stay_below_the_guests_overhead_limit() {
     for i in 0..400u32 {
         ours.write_all(&[i as u8]).unwrap();
         guest.step();
-        packets += guest
-            .inbox
-            .drain(..)
-            .filter(|(header, _)| header.op == Op::Rw as u16)
-            .count() as u32;
+        packets += guest.inbox.drain(..).filter(|(header, _)| header.op == Op::Rw as u16).count() as u32;
     }
-    assert!(
-        (packets + 1) * 832 <= stream.buf_alloc,
-        "{packets} packets are under way"
-    );
+    assert!((packets + 1) * 832 <= stream.buf_alloc, "{packets} packets are under way");
     stream.fwd_cnt = packets;
     guest.send(stream.header(Op::CreditUpdate), &[], &[]);
     let mut rest = 0;
     guest.until("the rest in few packets", |guest| {
-        rest += guest
-            .inbox
-            .drain(..)
-            .map(|(_, payload)| payload.len())
-            .sum::<usize>();
+        rest += guest.inbox.drain(..).map(|(_, payload)| payload.len()).sum::<usize>();
         (rest + packets as usize == 400).then_some(())
     });
 }

@@ -40,9 +40,7 @@ impl Running {
                         (Some(Op::Request), 2) => {}
                         (Some(Op::Request), _) => guest.send(stream.header(Op::Response), &[], &[]),
                         (Some(Op::Rw), _) => guest.send(stream.header(Op::Rw), &payload, &[]),
-                        (Some(Op::Shutdown), _) => {
-                            guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[])
-                        }
+                        (Some(Op::Shutdown), _) => guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]),
                         _ => {}
                     }
                 }
@@ -50,13 +48,7 @@ impl Running {
             }
         });
         let control = take.recv().unwrap();
-        (
-            Self {
-                stop,
-                thread: Some(thread),
-            },
-            control,
-        )
+        (Self { stop, thread: Some(thread) }, control)
     }
 
     fn stop(&mut self) {
@@ -74,12 +66,7 @@ impl Drop for Running {
 }
 
 fn request(guest_port: u32, preamble: &[u8], deadline: Duration) -> OpenRequest {
-    OpenRequest {
-        guest_port,
-        preamble: preamble.to_vec(),
-        reply_len: preamble.len(),
-        deadline,
-    }
+    OpenRequest { guest_port, preamble: preamble.to_vec(), reply_len: preamble.len(), deadline }
 }
 
 async fn eventually_empty(client: &DeviceClient) {
@@ -139,19 +126,11 @@ async fn refusal_deadline_and_limits() {
     let (_guest, control) = Running::start();
     let client = DeviceClient::new(control).unwrap();
     let refused = client.open(request(1, b"x", LONG)).await;
-    assert!(
-        matches!(refused, Err(TransportError::Refused(1))),
-        "{refused:?}"
-    );
-    let late = client
-        .open(request(2, b"x", Duration::from_millis(30)))
-        .await;
+    assert!(matches!(refused, Err(TransportError::Refused(1))), "{refused:?}");
+    let late = client.open(request(2, b"x", Duration::from_millis(30))).await;
     assert!(matches!(late, Err(TransportError::Deadline(_))), "{late:?}");
     let long = client.open(request(1000, &[0; 60 * 1024 + 1], LONG)).await;
-    assert!(
-        matches!(long, Err(TransportError::TooLong { have: 61441, .. })),
-        "{long:?}"
-    );
+    assert!(matches!(long, Err(TransportError::TooLong { have: 61441, .. })), "{long:?}");
     eventually_empty(&client).await;
 }
 
@@ -159,10 +138,7 @@ async fn refusal_deadline_and_limits() {
 async fn a_dropped_future_gives_the_stream_up() {
     let (_guest, control) = Running::start();
     let client = DeviceClient::new(control).unwrap();
-    let open = tokio::time::timeout(
-        Duration::from_millis(50),
-        client.open(request(2, b"x", LONG)),
-    );
+    let open = tokio::time::timeout(Duration::from_millis(50), client.open(request(2, b"x", LONG)));
     assert!(open.await.is_err());
     eventually_empty(&client).await;
 }
@@ -174,13 +150,7 @@ async fn a_dead_device_is_told_apart() {
     let pending = client.open(request(1000, b"x", LONG)).await.unwrap();
     guest.stop();
     let again = client.open(request(1000, b"x", LONG)).await;
-    assert!(
-        matches!(again, Err(TransportError::DeviceGone)),
-        "{again:?}"
-    );
+    assert!(matches!(again, Err(TransportError::DeviceGone)), "{again:?}");
     let (_ours, theirs) = UnixStream::pair().unwrap();
-    assert!(matches!(
-        pending.attach(theirs.into()).await,
-        Err(TransportError::DeviceGone)
-    ));
+    assert!(matches!(pending.attach(theirs.into()).await, Err(TransportError::DeviceGone)));
 }

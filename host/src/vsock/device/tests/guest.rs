@@ -37,11 +37,7 @@ struct Ring {
 
 impl Ring {
     fn new(at: u64) -> Self {
-        Self {
-            at,
-            avail: 0,
-            seen: 0,
-        }
+        Self { at, avail: 0, seen: 0 }
     }
     fn avail_at(&self) -> u64 {
         self.at + 0x4000
@@ -54,13 +50,9 @@ impl Ring {
     }
     fn publish(&mut self, memory: &Memory, head: u16) {
         let slot = u64::from(self.avail % RING);
-        memory
-            .write_obj(head, GuestAddress(self.avail_at() + 4 + 2 * slot))
-            .unwrap();
+        memory.write_obj(head, GuestAddress(self.avail_at() + 4 + 2 * slot)).unwrap();
         self.avail = self.avail.wrapping_add(1);
-        memory
-            .write_obj(self.avail, GuestAddress(self.avail_at() + 2))
-            .unwrap();
+        memory.write_obj(self.avail, GuestAddress(self.avail_at() + 2)).unwrap();
     }
     fn take_used(&mut self, memory: &Memory) -> Option<(u16, u32)> {
         let used: u16 = memory.read_obj(GuestAddress(self.used_at() + 2)).unwrap();
@@ -70,12 +62,7 @@ impl Ring {
         let at = self.used_at() + 4 + 8 * u64::from(self.seen % RING);
         self.seen = self.seen.wrapping_add(1);
         // used_event: tell me of the next one.
-        memory
-            .write_obj(
-                self.seen,
-                GuestAddress(self.avail_at() + 4 + 2 * u64::from(RING)),
-            )
-            .unwrap();
+        memory.write_obj(self.seen, GuestAddress(self.avail_at() + 4 + 2 * u64::from(RING))).unwrap();
         let id: u32 = memory.read_obj(GuestAddress(at)).unwrap();
         Some((id as u16, memory.read_obj(GuestAddress(at + 4)).unwrap()))
     }
@@ -158,9 +145,7 @@ impl Guest {
         let reactor = Reactor::new(CID, listener).unwrap();
         let control = connect(&address);
         let backend = Backend::new(CID, memory.clone(), reactor);
-        let vrings = (0..3)
-            .map(|_| VringMutex::new(memory.clone(), 1024).unwrap())
-            .collect();
+        let vrings = (0..3).map(|_| VringMutex::new(memory.clone(), 1024).unwrap()).collect();
         Self {
             backend,
             vrings,
@@ -209,8 +194,7 @@ impl Guest {
         for (i, len) in lens.iter().enumerate() {
             let index = first + i as u16;
             let next = if i + 1 < lens.len() { 1 } else { 0 };
-            self.rx
-                .describe(&memory, index, addr, *len, 2 | next, index + 1);
+            self.rx.describe(&memory, index, addr, *len, 2 | next, index + 1);
             addr += u64::from(*len);
         }
         self.rx.publish(&memory, first);
@@ -241,36 +225,22 @@ impl Guest {
                 let more = u16::from(i + 1 < pieces.len());
                 describe(&memory, table, i as u16, *addr, *len, more, i as u16 + 1);
             }
-            self.tx
-                .describe(&memory, head, table, 16 * pieces.len() as u32, 4, 0);
+            self.tx.describe(&memory, head, table, 16 * pieces.len() as u32, 4, 0);
             self.tx_descriptors += 1;
         } else {
             for (i, (addr, len)) in pieces.iter().enumerate() {
                 let more = u16::from(i + 1 < pieces.len());
-                self.tx.describe(
-                    &memory,
-                    head + i as u16,
-                    *addr,
-                    *len,
-                    more,
-                    head + i as u16 + 1,
-                );
+                self.tx.describe(&memory, head + i as u16, *addr, *len, more, head + i as u16 + 1);
             }
             self.tx_descriptors += pieces.len() as u16;
         }
-        assert!(
-            self.tx_descriptors <= RING,
-            "the test sends too much at once"
-        );
+        assert!(self.tx_descriptors <= RING, "the test sends too much at once");
         self.tx.publish(&memory, head);
     }
 
     /// Puts a packet into the TX queue and lets the device take it.
     pub fn send(&mut self, header: Header, payload: &[u8], cuts: &[usize]) {
-        let header = Header {
-            len: payload.len() as u32,
-            ..header
-        };
+        let header = Header { len: payload.len() as u32, ..header };
         let mut bytes = header.encode().to_vec();
         bytes.extend_from_slice(payload);
         self.send_raw(&bytes, cuts);
@@ -281,9 +251,7 @@ impl Guest {
     pub fn step(&mut self) {
         let vrings = self.vrings.clone();
         for event in [REACTOR_EVENT as u16, 1, 0] {
-            self.backend
-                .handle_event(event, EventSet::IN, &vrings, 0)
-                .unwrap();
+            self.backend.handle_event(event, EventSet::IN, &vrings, 0).unwrap();
         }
         self.collect();
     }
@@ -299,12 +267,7 @@ impl Guest {
         while let Some((head, len)) = self.rx.take_used(&memory) {
             let buffer = head / self.layout.lens().len() as u16;
             let mut bytes = vec![0; len as usize];
-            memory
-                .read_slice(
-                    &mut bytes,
-                    GuestAddress(RX_BUFFERS + u64::from(buffer) * 8192),
-                )
-                .unwrap();
+            memory.read_slice(&mut bytes, GuestAddress(RX_BUFFERS + u64::from(buffer) * 8192)).unwrap();
             let header = Header::decode(bytes[..HEADER_LEN].try_into().unwrap());
             assert_eq!(header.len as usize + HEADER_LEN, bytes.len());
             assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, CID));
@@ -359,12 +322,7 @@ impl Guest {
 
     pub fn ask(&mut self, message: ToDevice, fd: Option<OwnedFd>) {
         use std::os::fd::AsFd;
-        control_socket::send(
-            &self.control,
-            &message.encode(),
-            fd.as_ref().map(AsFd::as_fd),
-        )
-        .unwrap();
+        control_socket::send(&self.control, &message.encode(), fd.as_ref().map(AsFd::as_fd)).unwrap();
         self.step();
     }
 
@@ -407,12 +365,8 @@ impl Guest {
         self.ask(open, None);
         let (request, _) = self.expect(Op::Request);
         assert_eq!(request.dst_port, 1000);
-        let stream = Stream {
-            host_port: request.src_port,
-            guest_port: 1000,
-            buf_alloc: BUF_ALLOC,
-            fwd_cnt: 0,
-        };
+        let stream =
+            Stream { host_port: request.src_port, guest_port: 1000, buf_alloc: BUF_ALLOC, fwd_cnt: 0 };
         self.send(stream.header(Op::Response), &[], &[]);
         stream
     }
@@ -459,10 +413,7 @@ impl Stream {
     }
 
     pub fn shutdown(&self, flags: u32) -> Header {
-        Header {
-            flags,
-            ..self.header(Op::Shutdown)
-        }
+        Header { flags, ..self.header(Op::Shutdown) }
     }
 }
 

@@ -59,10 +59,7 @@ fn malformed_packets_reset_their_connection_and_come_back() {
 fn bytes_behind_the_headers_length_are_not_data() {
     let mut guest = Guest::new();
     let (stream, mut ours) = guest.open_pair(1);
-    let header = Header {
-        len: 3,
-        ..stream.header(Op::Rw)
-    };
+    let header = Header { len: 3, ..stream.header(Op::Rw) };
     guest.send_raw(&[header.encode().as_slice(), b"yesnono"].concat(), &[44]);
     guest.step();
     let mut got = [0; 10];
@@ -73,43 +70,17 @@ fn bytes_behind_the_headers_length_are_not_data() {
 #[test]
 fn strays_are_reset_but_never_an_rst() {
     let mut guest = Guest::new();
-    let stray = Stream {
-        host_port: 7,
-        guest_port: 8,
-        buf_alloc: 1,
-        fwd_cnt: 1,
-    };
+    let stray = Stream { host_port: 7, guest_port: 8, buf_alloc: 1, fwd_cnt: 1 };
     guest.send(stray.header(Op::Rst), &[], &[]);
     guest.expect_silence();
-    for op in [
-        Op::Request,
-        Op::Response,
-        Op::Rw,
-        Op::Shutdown,
-        Op::CreditRequest,
-        Op::CreditUpdate,
-    ] {
+    for op in [Op::Request, Op::Response, Op::Rw, Op::Shutdown, Op::CreditRequest, Op::CreditUpdate] {
         guest.send(stray.header(op), b"", &[]);
         let (rst, _) = guest.expect(Op::Rst);
         assert_eq!((rst.src_port, rst.dst_port), (7, 8));
     }
     // Not from this guest, or not to the host.
-    guest.send(
-        Header {
-            src_cid: CID + 1,
-            ..stray.header(Op::Rw)
-        },
-        b"x",
-        &[],
-    );
-    guest.send(
-        Header {
-            dst_cid: 1,
-            ..stray.header(Op::Rw)
-        },
-        b"x",
-        &[],
-    );
+    guest.send(Header { src_cid: CID + 1, ..stray.header(Op::Rw) }, b"x", &[]);
+    guest.send(Header { dst_cid: 1, ..stray.header(Op::Rw) }, b"x", &[]);
     guest.expect_silence();
     assert_eq!(guest.connections(), 0);
 }
@@ -118,14 +89,7 @@ fn strays_are_reset_but_never_an_rst() {
 fn another_socket_type_is_reset() {
     let mut guest = Guest::new();
     let (stream, mut ours) = guest.open_pair(1);
-    guest.send(
-        Header {
-            socket_type: 2,
-            ..stream.header(Op::Rw)
-        },
-        b"x",
-        &[],
-    );
+    guest.send(Header { socket_type: 2, ..stream.header(Op::Rw) }, b"x", &[]);
     assert_eq!(guest.expect(Op::Rst).0.socket_type, 2);
     alive(&mut guest, &stream, &mut ours);
 }
@@ -140,10 +104,7 @@ fn more_than_the_credit_resets() {
         assert!(sent <= 4 * WINDOW);
         guest.send(stream.header(Op::Rw), &pattern(65536), &[]);
         sent += 65536;
-        guest
-            .inbox
-            .drain(..)
-            .find(|(header, _)| header.op == Op::Rst as u16)
+        guest.inbox.drain(..).find(|(header, _)| header.op == Op::Rst as u16)
     });
     assert_eq!(rst.src_port, stream.host_port);
     alive(&mut guest, &good, &mut ours);
@@ -153,18 +114,10 @@ fn more_than_the_credit_resets() {
 fn a_flood_of_strays_without_buffers_is_bounded() {
     let mut guest = Guest::new();
     guest.repost = false;
-    let stray = Stream {
-        host_port: 7,
-        guest_port: 8,
-        buf_alloc: 1,
-        fwd_cnt: 1,
-    };
+    let stray = Stream { host_port: 7, guest_port: 8, buf_alloc: 1, fwd_cnt: 1 };
     for _ in 0..3000 {
         guest.send(stray.header(Op::Rw), b"", &[]);
-        assert!(
-            guest.all_used(),
-            "the TX queue never waits for the RX queue"
-        );
+        assert!(guest.all_used(), "the TX queue never waits for the RX queue");
     }
     guest.inbox.clear();
     guest.repost = true;
@@ -178,43 +131,18 @@ fn a_flood_of_strays_without_buffers_is_bounded() {
 #[test]
 fn an_answer_out_of_turn_fails_the_open() {
     let mut guest = Guest::new();
-    let open = ToDevice::Open {
-        id: 1,
-        guest_port: 9,
-        reply_len: 0,
-        deadline_ms: 9999,
-        preamble: vec![],
-    };
+    let open = ToDevice::Open { id: 1, guest_port: 9, reply_len: 0, deadline_ms: 9999, preamble: vec![] };
     guest.ask(open, None);
     let (request, _) = guest.expect(Op::Request);
-    let stream = Stream {
-        host_port: request.src_port,
-        guest_port: 9,
-        buf_alloc: 1,
-        fwd_cnt: 0,
-    };
+    let stream = Stream { host_port: request.src_port, guest_port: 9, buf_alloc: 1, fwd_cnt: 0 };
     guest.send(stream.header(Op::Rw), b"x", &[]);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::Protocol
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::Protocol });
     guest.expect(Op::Rst);
 }
 
 #[derive(Clone, Debug)]
 enum Act {
-    Packet {
-        stream: usize,
-        op: u16,
-        flags: u32,
-        buf_alloc: u32,
-        fwd_cnt: u32,
-        len: usize,
-        claimed: i32,
-    },
+    Packet { stream: usize, op: u16, flags: u32, buf_alloc: u32, fwd_cnt: u32, len: usize, claimed: i32 },
     Raw(Vec<u8>),
     HostWrite(usize),
     HostRead,

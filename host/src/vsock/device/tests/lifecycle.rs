@@ -15,13 +15,7 @@ use super::super::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use super::guest::{Guest, RxLayout, pattern};
 
 fn open_message(id: u32, deadline_ms: u32) -> ToDevice {
-    ToDevice::Open {
-        id,
-        guest_port: 1000,
-        reply_len: 0,
-        deadline_ms,
-        preamble: vec![],
-    }
+    ToDevice::Open { id, guest_port: 1000, reply_len: 0, deadline_ms, preamble: vec![] }
 }
 
 fn read_to_end(guest: &mut Guest, mut socket: impl Read) -> Vec<u8> {
@@ -60,13 +54,7 @@ fn preamble_reply_and_what_follows() {
     guest.send(stream.header(Op::Rw), b"a", &[]);
     assert_eq!(guest.try_answer(), None, "the reply is not complete");
     guest.send(stream.header(Op::Rw), b"bcdef", &[]);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Opened {
-            id: 1,
-            reply: b"abc".to_vec()
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Opened { id: 1, reply: b"abc".to_vec() });
     guest.send(stream.header(Op::Rw), b"gh", &[]);
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     guest.attach(1, theirs.into());
@@ -88,12 +76,8 @@ fn a_long_preamble_waits_for_credit() {
     };
     guest.ask(open, None);
     let (request, _) = guest.expect(Op::Request);
-    let mut stream = super::guest::Stream {
-        host_port: request.src_port,
-        guest_port: 1000,
-        buf_alloc: 10_000,
-        fwd_cnt: 0,
-    };
+    let mut stream =
+        super::guest::Stream { host_port: request.src_port, guest_port: 1000, buf_alloc: 10_000, fwd_cnt: 0 };
     guest.send(stream.header(Op::Response), &[], &[]);
     let mut got = Vec::new();
     while got.len() < preamble.len() {
@@ -119,20 +103,10 @@ fn nobody_listens() {
     let mut guest = Guest::new();
     guest.ask(open_message(1, 10_000), None);
     let (request, _) = guest.expect(Op::Request);
-    let stream = super::guest::Stream {
-        host_port: request.src_port,
-        guest_port: 1000,
-        buf_alloc: 0,
-        fwd_cnt: 0,
-    };
+    let stream =
+        super::guest::Stream { host_port: request.src_port, guest_port: 1000, buf_alloc: 0, fwd_cnt: 0 };
     guest.send(stream.header(Op::Rst), &[], &[]);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::Refused
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::Refused });
     guest.expect_silence();
     assert_eq!(guest.connections(), 0);
 }
@@ -143,13 +117,7 @@ fn opens_wait_for_the_driver_until_their_deadline() {
     guest.ask(open_message(1, 30), None);
     guest.ask(open_message(2, 10_000), None);
     std::thread::sleep(Duration::from_millis(40));
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::Deadline
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::Deadline });
     guest.start();
     guest.post_all();
     guest.expect(Op::Request);
@@ -162,13 +130,7 @@ fn an_unanswered_request_ends_at_its_deadline() {
     let mut guest = Guest::new();
     guest.ask(open_message(1, 20), None);
     guest.expect(Op::Request);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::Deadline
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::Deadline });
     guest.expect(Op::Rst);
     assert_eq!(guest.connections(), 0);
 }
@@ -243,13 +205,7 @@ fn a_guest_that_closes_before_its_reply() {
     guest.send(stream.header(Op::Rw), b"half", &[]);
     guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
     guest.expect(Op::Rst);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::GuestClosed
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::GuestClosed });
 }
 
 #[test]
@@ -343,26 +299,11 @@ fn an_fd_for_a_stream_that_was_reset_becomes_a_reset() {
     let stream = guest.open(1, &[], 0);
     guest.answer();
     guest.send(stream.header(Op::Rst), &[], &[]);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 1,
-            reason: Reason::GuestReset
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::GuestReset });
     let (mut client, fd) = tcp_pair();
     guest.ask(ToDevice::Attach { id: 1 }, Some(fd));
-    assert_eq!(
-        guest.answer(),
-        FromDevice::AttachFailed {
-            id: 1,
-            reason: Reason::Unknown
-        }
-    );
-    assert_eq!(
-        client.read(&mut [0; 10]).unwrap_err().kind(),
-        ErrorKind::ConnectionReset
-    );
+    assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::Unknown });
+    assert_eq!(client.read(&mut [0; 10]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
 #[test]
@@ -372,24 +313,12 @@ fn an_fd_that_is_no_stream_socket_is_refused() {
     guest.answer();
     let file = std::fs::File::open("/dev/null").unwrap();
     guest.ask(ToDevice::Attach { id: 1 }, Some(file.into()));
-    assert_eq!(
-        guest.answer(),
-        FromDevice::AttachFailed {
-            id: 1,
-            reason: Reason::BadFd
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::BadFd });
     guest.expect(Op::Rst);
     guest.open(2, &[], 0);
     guest.answer();
     guest.ask(ToDevice::Attach { id: 2 }, None);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::AttachFailed {
-            id: 2,
-            reason: Reason::BadFd
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 2, reason: Reason::BadFd });
 }
 
 #[test]
@@ -400,13 +329,7 @@ fn a_stopped_driver_closes_every_fd() {
     guest.answer();
     guest.vrings[0].set_queue_ready(false);
     guest.backend.stop_vring(0).unwrap();
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 2,
-            reason: Reason::DeviceReset
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 2, reason: Reason::DeviceReset });
     assert_eq!(read_to_end(&mut guest, &ours), b"");
     assert_eq!(guest.connections(), 0);
 }
@@ -419,13 +342,7 @@ fn there_is_a_limit() {
         guest.expect(Op::Request);
     }
     guest.ask(open_message(5000, 60_000), None);
-    assert_eq!(
-        guest.answer(),
-        FromDevice::Failed {
-            id: 5000,
-            reason: Reason::TooMany
-        }
-    );
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 5000, reason: Reason::TooMany });
     guest.ask(ToDevice::Cancel { id: 0 }, None);
     guest.expect(Op::Rst);
     guest.ask(open_message(5000, 60_000), None);

@@ -233,6 +233,22 @@ pub enum FileOp {
     StatFs(NodeId),
     /// References given back, each with how many. No answer.
     Forget(Vec<(NodeId, u64)>),
+    /// To a server that answered `Attached { resumed: false }`: nodes that the guest still knows, a
+    /// folder before what lies in it → `Done`. One that is not found in its place any more is stale.
+    Restore(Vec<RestoredNode>),
+}
+
+/// A node that the guest knows of an earlier server: node ids outlive the server.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RestoredNode {
+    /// Its folder.
+    pub folder: NodeId,
+    /// Its name there, as far as the guest knows.
+    pub name: Name,
+    /// The node itself.
+    pub node: NodeId,
+    /// References that the guest holds.
+    pub references: u64,
 }
 
 /// A request.

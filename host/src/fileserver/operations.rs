@@ -24,6 +24,7 @@ pub fn handle(share: &Share, op: FileOp) -> Option<Result<FileAnswer>> {
         }
         // Once, at the start of a stream; the server answers it.
         FileOp::Attach { .. } => Err(Errno::INVAL),
+        FileOp::Restore(_) => Err(Errno::OPNOTSUPP),
         FileOp::Lookup(parent, name) => {
             let _names = share.names_held();
             share.folder(parent).and_then(|folder| share.enter(parent, &folder, &name)).map(FileAnswer::Entry)

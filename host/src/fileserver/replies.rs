@@ -52,7 +52,8 @@ impl Replies {
             | FileOp::ReadLink(_)
             | FileOp::Sync { .. }
             | FileOp::StatFs(_)
-            | FileOp::Forget(_) => false,
+            | FileOp::Forget(_)
+            | FileOp::Restore(_) => false,
         }
     }
 

@@ -6,8 +6,16 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod cli;
+mod docker;
+mod failures;
+mod forwards;
 mod harness;
+mod lifecycle;
+mod mounts;
+mod network;
 mod selftest;
+mod unprivileged;
 
 use std::process::ExitCode;
 
@@ -16,7 +24,18 @@ use libtest_mimic::{Arguments, Trial};
 
 /// All cases: those of the shared VM first, so that it is started once.
 fn cases() -> Vec<Case> {
-    let mut cases: Vec<Case> = [selftest::cases()].concat();
+    let mut cases: Vec<Case> = [
+        selftest::cases(),
+        cli::cases(),
+        docker::cases(),
+        forwards::cases(),
+        mounts::cases(),
+        network::cases(),
+        lifecycle::cases(),
+        failures::cases(),
+        unprivileged::cases(),
+    ]
+    .concat();
     cases.sort_by_key(|case| matches!(case.body, Body::Own(_)));
     cases
 }

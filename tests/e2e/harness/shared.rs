@@ -31,7 +31,7 @@ pub fn get() -> Arc<Vm> {
     // Taken back once it is up.
     shared.failed += 1;
     let vm = Vm::new();
-    vm.start(&[]);
+    vm.start(&vm.share().each_ref().map(String::as_str));
     vm.import_image();
     vm.install_tool();
     shared.failed -= 1;

@@ -21,6 +21,9 @@ const TELL: Duration = Duration::from_secs(10);
 /// Where the guest tool is put in the guest.
 pub const TOOL: &str = "/root/guest-tool";
 
+/// The folder beside the home that [`Vm::share`] shares read-only.
+pub const READ_ONLY: &str = "read-only";
+
 /// The folder of this run, with a folder for each VM.
 static RUN: OnceLock<tempfile::TempDir> = OnceLock::new();
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -114,6 +117,22 @@ impl Vm {
         self.home().join(".dhow")
     }
 
+    /// A folder beside the home.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Arguments of `start` that share the home, and beside it [`READ_ONLY`].
+    ///
+    /// # Panics
+    /// When that cannot be made.
+    pub fn share(&self) -> [String; 4] {
+        let read_only = self.beside(READ_ONLY);
+        std::fs::create_dir_all(&read_only).expect("a folder to share");
+        let [home, read_only] = [self.home().display().to_string(), format!("{}:ro", read_only.display())];
+        ["--mount".to_owned(), home, "--mount".to_owned(), read_only]
+    }
+
     fn docker_config(&self) -> PathBuf {
         self.home().join(".docker")
     }
@@ -128,7 +147,8 @@ impl Vm {
         self.dhow_home().join("run/default").join(name)
     }
 
-    fn cmd(&self, program: &Path) -> Cmd {
+    /// `program` with this home's environment.
+    pub fn command(&self, program: &Path) -> Cmd {
         let mut command = Cmd::new(program).user(self.user).cwd(self.home());
         for (name, value) in &self.environment {
             command = command.env(name, value);
@@ -138,12 +158,12 @@ impl Vm {
 
     /// `dhow` with `arguments`.
     pub fn dhow(&self, arguments: &[&str]) -> Cmd {
-        self.cmd(&self.dhow).args(arguments)
+        self.command(&self.dhow).args(arguments)
     }
 
     /// The unmodified docker CLI with `arguments`, on whatever context is current.
     pub fn docker(&self, arguments: &[&str]) -> Cmd {
-        self.cmd(&self.docker).args(arguments)
+        self.command(&self.docker).args(arguments)
     }
 
     /// `dhow exec` of a command.

@@ -50,7 +50,7 @@ async fn daemons_start_once_and_stop_in_reverse() {
     assert_eq!(guest.launch.count(), 4);
     guest.runtimes.stop_all().await;
     assert!(all(&guest, &DaemonState::Stopped));
-    assert_eq!(guest.store.mount_folders("test"), [PathBuf::new(); 0]);
+    assert!(guest.store.mount_folders("test").is_empty());
 }
 
 #[tokio::test]

@@ -126,7 +126,7 @@ async fn an_image_that_is_of_no_use_goes() {
         let told = result.unwrap_err();
         assert!(told.contains(reason), "{told}");
         assert_eq!(files(&guest), [""; 0]);
-        assert_eq!(guest.store.mount_folders("test"), [PathBuf::new(); 0]);
+        assert!(guest.store.mount_folders("test").is_empty());
     }
     // One that has become so on the disk is asked for again.
     let image = image("1", DAEMON);

@@ -14,6 +14,7 @@
 
 mod bundles;
 mod control;
+mod ending;
 mod guest;
 mod network;
 mod processes;
@@ -34,6 +35,9 @@ use dhow_parent::{ParentError, ParentLink};
 
 use crate::config::{ConfigError, Paths, Profile, ProfileName};
 use crate::keeper;
+pub(crate) use ending::end_file;
+pub(crate) use processes::has_ended;
+pub(crate) use start::context_file;
 use state::State;
 
 /// How long a failed start waits for a command that wants to know why.
@@ -86,6 +90,7 @@ async fn run(name: &ProfileName, mut inherited: HashMap<String, OwnedFd>) -> Res
     let (stop, mut stops) = tokio::sync::mpsc::channel(1);
     let serving = tokio::spawn(server::serve(api, Arc::clone(&state), stop));
 
+    ending::note(&paths, None);
     let profile = Profile::load(name, &paths);
     let mut vm = None;
     let outcome = match profile {
@@ -108,6 +113,7 @@ async fn run(name: &ProfileName, mut inherited: HashMap<String, OwnedFd>) -> Res
             let force = tokio::select! {
                 force = stops.recv() => force.unwrap_or(true),
                 reason = running.ended() => {
+                    ending::note(&paths, Some(&reason));
                     state.problem(Some(reason));
                     true
                 }
@@ -118,6 +124,7 @@ async fn run(name: &ProfileName, mut inherited: HashMap<String, OwnedFd>) -> Res
         Err(error) => {
             let (message, hint) = (crate::errors::chain(&error), error.hint());
             tracing::error!(message, "start failed");
+            ending::note(&paths, Some(&message));
             state.failed(message, hint);
             // Nobody may be watching; the log has it then.
             let _ = tokio::time::timeout(TELL_FAILURE, state.failure_told()).await;

@@ -80,6 +80,13 @@ pub struct Vm {
     pub network: Option<Network>,
 }
 
+/// Id of the vsock device in QEMU, of its chardev and of the root port that it sits on.
+pub(super) const VSOCK_ID: &str = "vsock";
+pub(super) const VSOCK_CHARDEV: &str = "vsock0";
+pub(super) const VSOCK_PORT: &str = "vsock-port";
+/// The vsock device's driver in QEMU.
+pub(super) const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
+
 /// Kernel command line: a panic ends QEMU (`-no-reboot`), and the console speaks of errors only.
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=auto random.trust_cpu=on rdinit=/init";
@@ -154,9 +161,11 @@ impl Vm {
         let qmp = format!("socket,id=qmp,server=on,wait=off,path={}", escaped(&self.qmp_socket));
         arguments.option("-chardev", qmp).option("-mon", "chardev=qmp,mode=control");
         // On a root port of its own, so that a new device can be hot-plugged in the place of a dead one.
-        arguments.option("-device", "pcie-root-port,id=vsock-port,chassis=1,slot=1");
-        arguments.option("-chardev", format!("socket,id=vsock0,path={}", escaped(&self.device_socket)));
-        arguments.option("-device", "vhost-user-vsock-pci,id=vsock,bus=vsock-port,chardev=vsock0");
+        arguments.option("-device", format!("pcie-root-port,id={VSOCK_PORT},chassis=1,slot=1"));
+        let socket = escaped(&self.device_socket);
+        arguments.option("-chardev", format!("socket,id={VSOCK_CHARDEV},path={socket}"));
+        let device = format!("{VSOCK_DRIVER},id={VSOCK_ID},bus={VSOCK_PORT},chardev={VSOCK_CHARDEV}");
+        arguments.option("-device", device);
         arguments.option("-device", "virtio-rng-pci");
         arguments.option("-device", "virtio-balloon-pci,free-page-reporting=on");
     }

@@ -221,7 +221,7 @@ pub async fn bring_up(
     let (control, events) = Control::new(stream);
     let guest = Arc::new(Guest { opener, control });
     state.set_guest(Some(Arc::clone(&guest)));
-    let forwards = Forwards::new(Policy::for_this_process());
+    let forwards = Forwards::new(Policy::for_this_process(), crate::forward::Kept::default());
     state.set_forwards(Arc::clone(&forwards));
     let mut tasks = services::start(state, &guest, &forwards, events);
     mount_shares(state, &processes, &guest, &profile).await;

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the end-to-end tests' static program for guest and containers into build/bin.
+# Builds the static program that end-to-end tests run in the guest and in containers, into build/bin.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:$HOME/.cargo/bin
-target=$PWD/${CARGO_TARGET_DIR:-target}
-[[ ${CARGO_TARGET_DIR:-} == /* ]] && target=$CARGO_TARGET_DIR
+target=$PWD/target
+[[ -z ${CARGO_TARGET_DIR:-} ]] || target=$(realpath -m "$CARGO_TARGET_DIR")
 
 setup/cargo-musl.sh build --quiet --profile agent --package dhow-guest-tool
 mkdir -p build/bin

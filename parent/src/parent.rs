@@ -136,7 +136,7 @@ impl Parent {
                     }
                 }
             }
-            let ready = match self.wait(worker.as_ref()) {
+            let ready = match self.wait(worker.as_ref(), PollTimeout::NONE) {
                 Ok(ready) => ready,
                 Err(error) => {
                     tracing::error!(%error, "poll");
@@ -150,12 +150,7 @@ impl Parent {
                 self.end_worker(worker.as_ref());
                 return Outcome::ShutDown;
             }
-            let mut end = false;
-            while ready.signal
-                && let Ok(Some(signal)) = self.signals.read_signal()
-            {
-                end |= signal.ssi_signo != Signal::SIGCHLD as u32;
-            }
+            let end = ready.signal && self.told_to_end();
             if ready.signal || ready.ended {
                 self.reap(&mut worker);
             }
@@ -164,6 +159,41 @@ impl Parent {
                 return Outcome::ShutDown;
             }
         }
+    }
+
+    /// Holds and reaps without a worker for `pause`, after [`Outcome::GaveUp`]; the next worker is
+    /// told of what ended. [`Outcome::ShutDown`] when SIGTERM or SIGINT came meanwhile.
+    pub fn rest(&mut self, pause: Duration) -> Option<Outcome> {
+        let end = Instant::now() + pause;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            // Rounded up, so that the last wait is not a busy one.
+            let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            match self.wait(None, timeout) {
+                Ok(ready) => {
+                    let end = ready.signal && self.told_to_end();
+                    if ready.signal || ready.ended {
+                        self.reap(&mut None);
+                    }
+                    if end {
+                        return Some(Outcome::ShutDown);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "poll"),
+            }
+        }
+    }
+
+    /// Takes the signals that wait; true when one of them asks for the end.
+    fn told_to_end(&self) -> bool {
+        let mut end = false;
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            end |= signal.ssi_signo != Signal::SIGCHLD as u32;
+        }
+        end
     }
 
     /// Whether another start is within the limits; counts it.
@@ -219,7 +249,7 @@ impl Parent {
 
     /// Waits until a signal came, the worker wrote, or a child ended. SIGCHLD alone would not do: it
     /// is lost in a process with a thread that does not block it.
-    fn wait(&self, worker: Option<&Worker>) -> nix::Result<Ready> {
+    fn wait(&self, worker: Option<&Worker>, timeout: PollTimeout) -> nix::Result<Ready> {
         let poll_in = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![poll_in(self.signals.as_fd())];
         fds.extend(self.children.values().map(|child| poll_in(child.pidfd.as_fd())));
@@ -228,7 +258,7 @@ impl Parent {
             fds.push(poll_in(worker.pidfd.as_fd()));
             fds.push(poll_in(worker.socket.as_fd()));
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error),
         }

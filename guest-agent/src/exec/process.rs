@@ -185,6 +185,9 @@ impl Child {
             let file = nix::fcntl::open(c"/proc/self/oom_score_adj", flags, nix::sys::stat::Mode::empty())?;
             nix::unistd::write(&file, b"0")?;
         }
+        // Ours are all close-on-exec; this is for what this process may have inherited.
+        // SAFETY: the call marks fds and closes none.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
         self.become_user().map_err(|error| at_step(STEP_USER, error))?;
         nix::unistd::chdir(self.folder.as_c_str()).map_err(|error| at_step(STEP_FOLDER, error))?;
         // After the change of user, which clears it. A hang-up: without the worker the host is gone.

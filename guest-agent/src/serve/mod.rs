@@ -17,6 +17,8 @@ mod info;
 pub mod relay;
 mod requests;
 pub mod stream;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::collections::HashMap;
 use std::error::Error;

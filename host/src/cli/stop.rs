@@ -85,8 +85,8 @@ async fn kill(paths: &Paths, keeper: Option<Pid>) -> Result<bool, CommandError> 
     let pidfd = keeper
         .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok())
         .ok_or(CommandError::Gone)?;
-    // It may be stopped itself.
-    for signal in [Signal::TERM, Signal::CONT] {
+    // Not SIGTERM, after which it would wait for its supervisor. It may be stopped itself.
+    for signal in [Signal::INT, Signal::CONT] {
         // ESRCH: it has ended, which is what is wanted.
         let _ = rustix::process::pidfd_send_signal(&pidfd, signal);
     }

@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:$HOME/.cargo/bin
-target=$PWD/${CARGO_TARGET_DIR:-target}
-[[ ${CARGO_TARGET_DIR:-} == /* ]] && target=$CARGO_TARGET_DIR
+target=$PWD/target
+[[ -z ${CARGO_TARGET_DIR:-} ]] || target=$(realpath -m "$CARGO_TARGET_DIR")
 
 cargo build --quiet --release --package dhow
 setup/cargo-musl.sh build --quiet --profile agent --package dhow-agent

@@ -4,6 +4,7 @@
 # (the very release of rustc), and linked by zig.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source setup/lib.sh
 export PATH=$PATH:$HOME/.cargo/bin
 target=x86_64-unknown-linux-musl
 tools=$PWD/build/tools
@@ -26,8 +27,8 @@ library() {
     [[ -e $source/Cargo.lock ]] && return
     version=$(rustc --version | awk '{ print $2 }')
     # The configured mirror's site is asked for the suites that may have it.
-    # shellcheck disable=SC2016 # apt's own substitution
-    site=$(apt-get indextargets --format '$(SITE)' 'Identifier: Packages' | grep '/debian/\?$' | head -n 1)
+    lists
+    site=$(debian_site)
     mkdir -p "$folder"/{lists/partial,cache/archives/partial}
     for suite in trixie trixie-backports sid; do
         printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' "$site" "$suite"

@@ -3,10 +3,12 @@
 # Where cargo is missing, rustup is installed into the user's home, from Debian or by a package of Python's index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source setup/lib.sh
 
 if ! PATH=$PATH:$HOME/.cargo/bin command -v cargo >/dev/null; then
+    lists
     if apt-cache show rustup >/dev/null 2>&1; then
-        if [[ $EUID == 0 ]]; then apt-get -qq install -y rustup >/dev/null; else sudo apt-get -qq install -y rustup >/dev/null; fi
+        apt install -y rustup
     else
         python3 -m venv build/tools/python
         build/tools/python/bin/pip -q install puccinialin

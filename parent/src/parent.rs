@@ -248,6 +248,29 @@ impl Parent {
         }
     }
 
+    /// Holds and reaps without a worker for `pause`, after [`Outcome::GaveUp`]; the next worker is
+    /// told of what ended. [`Outcome::ShutDown`] when SIGTERM or SIGINT came meanwhile.
+    pub fn rest(&mut self, pause: Duration) -> Option<Outcome> {
+        let end = Instant::now() + pause;
+        loop {
+            if Instant::now() >= end {
+                return None;
+            }
+            match self.wait(None, Some(end)) {
+                Ok(ready) => {
+                    let ended = ready.signal && self.signalled().is_some();
+                    if ready.signal || ready.ended {
+                        self.reap(&mut None);
+                    }
+                    if ended {
+                        return Some(Outcome::ShutDown);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "poll"),
+            }
+        }
+    }
+
     /// Takes the signals that have come; the one among them that asks for the end the soonest.
     fn signalled(&self) -> Option<Signal> {
         let mut asked = None;

@@ -1,0 +1,58 @@
+//! The file server's process.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::Child;
+
+use dhow::fileserver::{FileServerArgs, hand_over, run};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+const ROOT: &str = "DHOW_TEST_ROOT";
+const READ_ONLY: &str = "DHOW_TEST_READ_ONLY";
+
+/// A running file server.
+pub struct FileServer {
+    process: Child,
+    control: OwnedFd,
+}
+
+impl FileServer {
+    /// Serves `root`.
+    pub fn start(root: &Path, read_only: bool) -> Self {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let mut command = super::role("role_file_server");
+        command.env(ROOT, root).stdin(theirs);
+        if read_only {
+            command.env(READ_ONLY, "1");
+        }
+        Self { process: command.spawn().unwrap(), control: ours }
+    }
+
+    /// Gives it a stream to serve.
+    pub fn give(&self, stream: BorrowedFd<'_>) {
+        hand_over(self.control.as_fd(), stream).unwrap();
+    }
+}
+
+impl Drop for FileServer {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+/// The process itself.
+pub fn role() {
+    let Some(root) = std::env::var_os(ROOT) else { return };
+    let signal = Some(rustix::process::Signal::KILL);
+    rustix::process::set_parent_process_death_signal(signal).unwrap();
+    let args = FileServerArgs {
+        root: root.into(),
+        read_only: std::env::var_os(READ_ONLY).is_some(),
+        masked: Vec::new(),
+        control: std::io::stdin().as_fd().try_clone_to_owned().unwrap(),
+    };
+    run(args).unwrap();
+}

@@ -90,7 +90,7 @@ pub fn main() -> ExitCode {
 }
 
 async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::Infallible, ServeError> {
-    let (link, Restored { mut fds, children, mut exits }) = ParentLink::connect(&mut inherited)?;
+    let (link, Restored { mut fds, children, mut exits, first: _ }) = ParentLink::connect(&mut inherited)?;
     let mut take = |name| fds.remove(name).ok_or(ServeError::Missing(name));
     let (listener, boot, secret) = (take(held::LISTENER)?, take(held::BOOT)?, take(held::SECRET)?);
     let boot = read_boot(&boot)?;

@@ -51,7 +51,7 @@ pub struct Args {
     /// They replace those of the profile [default: as in the profile, at first your home]
     #[arg(long, value_name = "PATH[:ro]")]
     mount: Vec<String>,
-    /// Share no folder
+    /// Share no folder [default: as in the profile]
     #[arg(long, conflicts_with = "mount")]
     no_mounts: bool,
     /// Folder of the system image [default: as in the profile, else the newest one installed]
@@ -61,7 +61,7 @@ pub struct Args {
     /// [default: as in the profile, at first auto]
     #[arg(long, value_name = "KIND", hide_default_value = true)]
     accel: Option<Acceleration>,
-    /// Leave docker's current context as it is
+    /// Leave docker's current context as it is [default: as in the profile]
     #[arg(long)]
     no_activate: bool,
     /// Make `dhow` docker's current context, and restore the one before at stop

@@ -28,4 +28,4 @@ pub use estate::Estate;
 pub use link::{Exit, ParentError, ParentLink, Restored, SpawnedChild};
 pub use message::Spawn;
 pub use parent::{Idle, Limits, Outcome, Parent, STATUS_UNKNOWN, WorkerCommand};
-pub use spawn::inherited_fds;
+pub use spawn::{FDS_VARIABLE, inherited_fds};

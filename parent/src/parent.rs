@@ -134,8 +134,8 @@ impl Parent {
         self.held.insert(name.to_owned(), fd);
     }
 
-    /// SIGTERM and SIGINT go to the worker, which may take that long to put things in order and ask
-    /// for the end; a second one ends the loop at once, as the first does without this.
+    /// SIGTERM is passed to the worker, which may take that long to put things in order and ask for the
+    /// end. SIGINT, or a second SIGTERM, ends the loop at once, as both do without this.
     pub fn stop_orderly(&mut self, grace: Duration) {
         self.stop_grace = grace;
     }
@@ -165,7 +165,7 @@ impl Parent {
             if self.children.is_empty() {
                 return Idle::Childless;
             }
-            if self.signalled() {
+            if self.signalled().is_some() {
                 return Idle::ShutDown;
             }
             let mut fds = vec![poll_in(self.signals.as_fd())];
@@ -188,6 +188,12 @@ impl Parent {
     #[must_use]
     pub fn children(&self) -> Vec<(String, i32)> {
         self.children.iter().map(|(pid, child)| (child.name.clone(), *pid)).collect()
+    }
+
+    /// Names and pidfds of the same children.
+    #[must_use]
+    pub fn pidfds(&self) -> Vec<(&str, BorrowedFd<'_>)> {
+        self.children.values().map(|child| (child.name.as_str(), child.pidfd.as_fd())).collect()
     }
 
     /// Starts the worker, serves it, restarts it; returns when it is to end. The worker, where it
@@ -226,14 +232,15 @@ impl Parent {
                 self.end_worker(worker.as_ref());
                 return Outcome::ShutDown;
             }
-            let end = ready.signal && self.signalled();
+            let signal = if ready.signal { self.signalled() } else { None };
             if ready.signal || ready.ended {
                 self.reap(&mut worker);
             }
             let late = stop_by.is_some_and(|deadline| Instant::now() >= deadline);
-            if late || end {
+            if late || signal.is_some() {
                 self.end_worker(worker.as_ref());
-                if late || stop_by.is_some() || self.stop_grace.is_zero() {
+                let at_once = signal == Some(Signal::SIGINT) || self.stop_grace.is_zero();
+                if late || at_once || stop_by.is_some() {
                     return Outcome::ShutDown;
                 }
                 stop_by = Some(Instant::now() + self.stop_grace);
@@ -251,7 +258,7 @@ impl Parent {
             }
             match self.wait(None, Some(end)) {
                 Ok(ready) => {
-                    let ended = ready.signal && self.signalled();
+                    let ended = ready.signal && self.signalled().is_some();
                     if ready.signal || ready.ended {
                         self.reap(&mut None);
                     }
@@ -264,13 +271,17 @@ impl Parent {
         }
     }
 
-    /// Takes the signals that have come; whether one of them asks for the end.
-    fn signalled(&self) -> bool {
-        let mut end = false;
+    /// Takes the signals that have come; the one among them that asks for the end the soonest.
+    fn signalled(&self) -> Option<Signal> {
+        let mut asked = None;
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            end |= signal.ssi_signo != Signal::SIGCHLD as u32;
+            if signal.ssi_signo == Signal::SIGINT as u32 {
+                asked = Some(Signal::SIGINT);
+            } else if signal.ssi_signo == Signal::SIGTERM as u32 {
+                asked = asked.or(Some(Signal::SIGTERM));
+            }
         }
-        end
+        asked
     }
 
     /// Whether another start is within the limits; counts it.

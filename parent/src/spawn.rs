@@ -10,8 +10,9 @@ use crate::message::Spawn;
 
 /// Number of the first fd that a child is given beyond standard error.
 const FIRST_FD: RawFd = 3;
-/// Environment variable with the names of the child's fds, one a line.
-pub(crate) const FDS_VARIABLE: &str = "DHOW_FDS";
+/// Environment variable with the names of the child's fds, one a line. It is of that process alone, not
+/// of those that it starts.
+pub const FDS_VARIABLE: &str = "DHOW_FDS";
 
 /// Starts the child and returns its pid. The caller reaps it.
 ///

@@ -12,7 +12,7 @@ use crate::api::{ApiReply, ApiRequest, StatusReport, VmState};
 use crate::config::{Acceleration, Overrides, Paths, Profile, save};
 use crate::docker::ContextName;
 use crate::images::store::Image;
-use crate::keeper::{self, KeeperError};
+use crate::keeper;
 use crate::qemu::acceleration::find_in_path;
 
 /// How long a VM that is being stopped is waited for: its guest has 60 s.
@@ -197,7 +197,7 @@ async fn follow(connection: &mut Connection, paths: &Paths, display: &Display) -
 
 async fn spawn_keeper(paths: &Paths) -> Result<(), CommandError> {
     let own = paths.clone();
-    let spawning = tokio::task::spawn_blocking(move || keeper::spawn(own.profile(), &own));
+    let spawning = tokio::task::spawn_blocking(move || keeper::spawn(own.profile(), &own, false));
     match tokio::time::timeout(KEEPER_DEADLINE, spawning).await {
         Ok(Ok(spawned)) => Ok(spawned?),
         Ok(Err(panicked)) => Err(CommandError::system("start the keeper", std::io::Error::other(panicked))),
@@ -210,13 +210,7 @@ async fn spawn_keeper(paths: &Paths) -> Result<(), CommandError> {
 
 /// Whether another keeper has the profile: one that is just starting, or just ending.
 fn is_taken(error: &CommandError, paths: &Paths) -> bool {
-    let locked = KeeperError::Locked(paths.profile().to_string());
-    match error {
-        CommandError::Keeper(KeeperError::Locked(_)) => true,
-        // A keeper's own words come as text.
-        CommandError::Keeper(KeeperError::Reported(text)) => *text == locked.to_string(),
-        _ => false,
-    }
+    matches!(error, CommandError::Keeper(error) if error.is_locked(paths.profile()))
 }
 
 /// Ctrl-C: users expect that what they began ends, and that what another began goes on.

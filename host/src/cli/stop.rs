@@ -90,8 +90,9 @@ async fn kill(paths: &Paths, keeper: Option<Pid>) -> Result<bool, CommandError> 
     // They are looked for before: what the keeper leaves behind is no child of its any more.
     let halted: Vec<_> =
         diagnosis::halted(keeper).iter().filter_map(|process| open(Pid::from_raw(process.pid)?)).collect();
+    // Not SIGTERM, after which it would wait for its supervisor.
     // ESRCH, here and below: it has ended, which is what is wanted.
-    let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::TERM);
+    let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::INT);
     for process in halted {
         let _ = rustix::process::pidfd_send_signal(process, Signal::CONT);
     }

@@ -1,0 +1,13 @@
+//! The file server as a guest meets it: over a stream, with everything that a hostile one would try.
+
+mod attributes;
+mod confinement;
+mod contents;
+mod folders;
+mod guest;
+mod masks;
+mod names;
+mod ownership;
+mod races;
+mod restore;
+mod sessions;

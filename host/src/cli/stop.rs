@@ -88,8 +88,10 @@ async fn kill(paths: &Paths, keeper: Option<Pid>) -> Result<bool, CommandError> 
     let pidfd = keeper.and_then(open).ok_or(CommandError::Gone)?;
     // The keeper may be stopped itself, and a child of its that is would only keep SIGTERM pending.
     // They are looked for before: what the keeper leaves behind is no child of its any more.
-    let halted: Vec<_> =
-        diagnosis::halted(keeper).iter().filter_map(|process| open(Pid::from_raw(process.pid)?)).collect();
+    let halted: Vec<_> = diagnosis::halted(keeper, paths)
+        .iter()
+        .filter_map(|process| open(Pid::from_raw(process.pid)?))
+        .collect();
     // Not SIGTERM, after which it would wait for its supervisor.
     // ESRCH, here and below: it has ended, which is what is wanted.
     let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::INT);

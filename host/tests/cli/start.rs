@@ -93,6 +93,19 @@ fn a_real_start_without_qemu_fails_clearly_and_leaves_nothing() {
 }
 
 #[test]
+fn odd_variables_and_a_relative_home_reach_the_keeper() {
+    use std::os::unix::ffi::OsStrExt;
+    let bench = Bench::new();
+    let (path, image) = (only(&bench, None), image(&bench));
+    let mut command = start(&bench, &image, &path);
+    command.current_dir(bench.dhow_home().parent().unwrap()).env("DHOW_HOME", "dhow");
+    command.env("ODD", std::ffi::OsStr::from_bytes(b"\xff")).env(std::ffi::OsStr::from_bytes(b"\xff"), "odd");
+    let outcome = Running::spawn(&mut command).finish();
+    outcome.expect_error("QEMU (qemu-system-x86_64) cannot be run", "install QEMU");
+    nothing_is_left(&bench);
+}
+
+#[test]
 fn two_starts_at_a_time_are_one() {
     let bench = Bench::new();
     let (path, image) = (only(&bench, Some(SLOW)), image(&bench));

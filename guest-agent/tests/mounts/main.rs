@@ -12,6 +12,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail loudly")]
 
+mod breaks;
+mod content;
 mod harness;
 mod operations;
 

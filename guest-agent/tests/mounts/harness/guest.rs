@@ -13,7 +13,7 @@ use dhow_protocol::control::{ControlError, ControlRequest, ControlResponse, Gues
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{role_arguments, wait_for};
+use super::{role_apart, role_arguments, wait_for};
 
 const FOLDER: &str = "DHOW_TEST_FOLDER";
 /// First byte of a connection to the worker: one control request.
@@ -30,10 +30,7 @@ pub struct Guest {
 impl Guest {
     /// Starts one; its files are in `folder`.
     pub fn start(folder: &Path) -> Self {
-        // unshare(1) becomes the parent itself, in a mount namespace from which nothing propagates.
-        let mut parent = Command::new("unshare");
-        parent.arg("--mount").arg(std::env::current_exe().unwrap()).args(role_arguments("role_parent"));
-        let parent = parent.env(FOLDER, folder).stdin(Stdio::null()).spawn().unwrap();
+        let parent = role_apart("role_parent", "").env(FOLDER, folder).spawn().unwrap();
         let guest = Self { parent, folder: folder.to_owned() };
         guest.worker();
         guest
@@ -42,6 +39,13 @@ impl Guest {
     /// A path of the guest's mount namespace as others reach it.
     pub fn path(&self, path: &Path) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{}", self.parent.id(), path.display()))
+    }
+
+    /// A program in the guest's mount namespace.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.parent.id())).arg(program).stdin(Stdio::null());
+        command
     }
 
     /// The worker's pid, once it serves.
@@ -129,8 +133,7 @@ impl Drop for Guest {
 pub fn role_parent() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
-    let argv = std::iter::once(std::env::current_exe().unwrap().into_os_string());
-    let argv = argv.chain(role_arguments("role_worker")).collect();
+    let argv = role_arguments("role_worker").into();
     let env = vec![(FOLDER.to_owned(), folder.to_str().unwrap().to_owned())];
     let limits = Limits { restarts: 1000, ..Limits::default() };
     Parent::new(WorkerCommand { argv, env }, limits, false).unwrap().run();

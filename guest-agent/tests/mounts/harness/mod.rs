@@ -1,10 +1,14 @@
 //! A host folder, its file server, a guest with the share mounted: set up, and taken down.
 
 pub mod guest;
+pub mod hand;
+pub mod relay;
 pub mod server;
 
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,16 +20,20 @@ use server::FileServer;
 /// Everything that is waited for comes within this time, also on a loaded machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// This binary in another role. Its end is tied to the thread that starts it.
-pub fn role(name: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+/// This binary in another role, in a mount namespace from which nothing propagates: unshare(1) becomes
+/// it. `first` is a shell's line that runs before.
+pub fn role_apart(name: &str, first: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &format!("{first}\nexec \"$@\""), "sh"]);
     command.args(role_arguments(name)).stdin(Stdio::null());
     command
 }
 
-/// Arguments that run one role and nothing else.
-pub fn role_arguments(name: &str) -> [OsString; 4] {
-    [name, "--exact", "--ignored", "--nocapture"].map(OsString::from)
+/// This binary and arguments that run one role and nothing else.
+pub fn role_arguments(name: &str) -> [OsString; 5] {
+    let program = std::env::current_exe().unwrap().into_os_string();
+    let [role, exact, ignored, nocapture] = [name, "--exact", "--ignored", "--nocapture"].map(OsString::from);
+    [program, role, exact, ignored, nocapture]
 }
 
 /// Waits until `what` is there.
@@ -65,6 +73,16 @@ impl World {
         Self::with(true)
     }
 
+    /// A folder on a disk of 1 MiB with its share mounted.
+    pub fn on_small_disk() -> Self {
+        let mut world = Self::unmounted(false);
+        world.server = FileServer::start_on_small_disk(&world.host);
+        world.host = world.server.path(&world.host);
+        world.connect();
+        world.mount(false).unwrap();
+        world
+    }
+
     fn with(read_only: bool) -> Self {
         let world = Self::unmounted(read_only);
         world.connect();
@@ -75,6 +93,8 @@ impl World {
     /// A folder, a server and a guest that do not know each other yet.
     pub fn unmounted(read_only: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        // Other users must reach the mount.
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let host = dir.path().join("host");
         std::fs::create_dir(&host).unwrap();
         let guest = Guest::start(dir.path());
@@ -102,6 +122,21 @@ impl World {
     /// A stream of the share whose host side is the test's.
     pub fn connect_by_hand(&self) -> UnixStream {
         self.guest.open_files(1)
+    }
+
+    /// A shell's line in the guest, in the mounted folder, as a user without privileges.
+    pub fn run_as(&self, uid: u32, line: &str) -> Command {
+        let mut command = self.guest.command("setpriv");
+        command.args([format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()]);
+        command.args(["sh", "-c", &format!("cd \"$0\" && {line}")]).arg(self.mount_path());
+        command
+    }
+
+    /// A shell's line in the guest, in the mounted folder.
+    pub fn run(&self, line: &str) -> Command {
+        let mut command = self.guest.command("sh");
+        command.args(["-c", &format!("cd \"$0\" && {line}")]).arg(self.mount_path());
+        command
     }
 
     /// A path on the host.

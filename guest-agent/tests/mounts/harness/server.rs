@@ -1,7 +1,7 @@
 //! The file server's process.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use dhow::fileserver::{FileServerArgs, hand_over, run};
@@ -19,10 +19,24 @@ pub struct FileServer {
 impl FileServer {
     /// Serves `root`.
     pub fn start(root: &Path, read_only: bool) -> Self {
+        Self::start_after("", root, read_only)
+    }
+
+    /// Serves `root` with an empty disk of 1 MiB mounted there, which only it has.
+    pub fn start_on_small_disk(root: &Path) -> Self {
+        Self::start_after("mount -t tmpfs -o size=1m,mode=755 none \"$DHOW_TEST_ROOT\"", root, false)
+    }
+
+    /// A path as the server sees it.
+    pub fn path(&self, path: &Path) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.process.id(), path.display()))
+    }
+
+    fn start_after(first: &str, root: &Path, read_only: bool) -> Self {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        let mut command = super::role("role_file_server");
+        let mut command = super::role_apart("role_file_server", first);
         command.env(ROOT, root).stdin(theirs);
         if read_only {
             command.env(READ_ONLY, "1");

@@ -29,6 +29,8 @@ pub use name::{LinkTarget, Name, NameError};
 
 /// Most bytes of one read or write.
 pub const MAX_IO: usize = 1 << 20;
+/// Most nodes of one [`FileOp::Restore`]: with the longest names they fit a frame.
+pub const MAX_RESTORED: usize = 2048;
 
 /// A folder or file that an answer gave out. Means something to the server alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Encode, Decode)]
@@ -234,7 +236,8 @@ pub enum FileOp {
     /// References given back, each with how many. No answer.
     Forget(Vec<(NodeId, u64)>),
     /// To a server that answered `Attached { resumed: false }`: nodes that the guest still knows, a
-    /// folder before what lies in it → `Done`. One that is not found in its place any more is stale.
+    /// folder before what lies in it, at most [`MAX_RESTORED`] → `Done`. One that is not found in its
+    /// place any more is stale: using it is answered with ESTALE. Sent twice it does no harm.
     Restore(Vec<RestoredNode>),
 }
 
@@ -247,14 +250,15 @@ pub struct RestoredNode {
     pub name: Name,
     /// The node itself.
     pub node: NodeId,
-    /// References that the guest holds.
+    /// References that the guest holds, all in all; not 0.
     pub references: u64,
 }
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct FileRequest {
-    /// The guest kernel's number of it, without its resend bit; 0 for `Attach` and `Forget`.
+    /// The guest kernel's number of it, without its resend bit; 0 for `Attach` and `Forget`, any for
+    /// `Restore`.
     pub unique: u64,
     /// What is asked.
     pub op: FileOp,

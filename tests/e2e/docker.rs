@@ -10,7 +10,7 @@ use crate::harness::vm::run_folder;
 use crate::harness::{IMAGE, Pty, SOON, Settings, Vm, cases, wait_for};
 
 cases![Shared: version_and_context, run_has_status_and_streams, run_on_a_terminal, exec_on_a_terminal, build_both_ways,
-    logs_follow, copy_both_ways, events_come, attach_with_half_close, load_200_mb, many_short_containers];
+    logs_follow, copy_both_ways, events_come, attach_with_half_close, attach_in_turns, load_200_mb, many_short_containers];
 
 fn version_and_context(vm: &Vm) {
     let version = vm.docker(&["version", "--format", "{{.Server.Version}} {{.Server.Os}}"]).ok();
@@ -130,6 +130,17 @@ fn attach_with_half_close(vm: &Vm) {
     // The input ends before the output begins.
     let sum = vm.docker_run(&["-i"], &["sh", "-c", "sha256sum; echo end"]).stdin(bytes.clone()).ok();
     assert_eq!(sum, format!("{}  -\nend", Summary::of(&bytes).split(' ').nth(1).unwrap()));
+}
+
+fn attach_in_turns(vm: &Vm) {
+    let script = "while read line; do echo \"heard $line\"; done; echo end";
+    let mut attached = vm.docker_run(&["-i"], &["sh", "-c", script]).stdin_pipe().spawn();
+    for word in ["one", "two"] {
+        attached.send(format!("{word}\n").as_bytes());
+        attached.expect(&format!("heard {word}"));
+    }
+    attached.end_stdin();
+    attached.wait().exits(0).says("end");
 }
 
 /// An archive as `docker save` writes it, with one layer that holds one file of 200 MB.

@@ -1,17 +1,18 @@
 //! Failures speak: a sentence, a hint, exit status 1, nothing lost, nothing left running.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use crate::harness::command::{Cmd, Output};
 use crate::harness::settings::in_path;
 use crate::harness::vm::START;
-use crate::harness::{Settings, Vm, cases};
+use crate::harness::{SOON, Settings, Vm, cases, wait_until};
 
 cases![Own: no_qemu, no_image, a_damaged_image, mount_paths_that_do_not_work, bad_sizes, an_unknown_key,
     a_kernel_that_is_none, a_guest_that_panics, a_guest_that_never_answers, no_room_for_the_start,
-    no_room_for_docker];
+    no_room_for_docker, a_host_disk_that_fills_up];
 
 /// Asserts a failure that speaks of every part, has a hint, and leaves nothing running.
 fn assert_fails(vm: &Vm, command: Cmd, parts: &[&str]) -> Output {
@@ -175,5 +176,39 @@ fn no_room_for_docker() {
     // Enough for the boot; the bundle alone has more.
     let small = Small::at(vm.dhow_home(), 80);
     assert_fails(&vm, vm.start_command(&[]), &["space"]);
+    drop(small);
+}
+
+/// The host's disk is full while the guest writes: that fails or waits, and goes on when there is room.
+fn a_host_disk_that_fills_up() {
+    let vm = Vm::new();
+    let small = Small::at(vm.dhow_home(), 1000);
+    vm.start(&[]);
+    vm.import_image();
+    let ballast = vm.dhow_home().join("ballast");
+    let mut file = fs::File::create(&ballast).unwrap();
+    let full = std::iter::repeat_with(|| file.write_all(&[1; 1 << 16])).find_map(Result::err).unwrap();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let script = "guest-tool pattern 9 100000000 >/data/blob && sync && sha256sum </data/blob";
+    let write = || vm.docker_run(&["-v", "full:/data"], &["sh", "-c", script]);
+    let mut writing = write().deadline(START).spawn();
+    wait_until("a word about the full disk, or the end of the write", SOON * 2, || {
+        let problem = vm.status()["problem"].as_str().unwrap_or_default().to_owned();
+        problem.contains("space") || problem.contains("full") || writing.has_ended()
+    });
+    fs::remove_file(&ballast).unwrap();
+    let expected = Cmd::new("/bin/sh")
+        .env("PATH", std::env::var_os("PATH").unwrap())
+        .args(["-c", "\"$0\" pattern 9 100000000 | sha256sum"])
+        .arg(&Settings::get().guest_tool)
+        .ok();
+    let output = writing.wait();
+    match output.status.code() {
+        Some(0) => assert_eq!(output.ok(), expected),
+        _ => drop(output.says("No space left")),
+    }
+    assert_eq!(write().ok(), expected);
+    assert_eq!(vm.status()["state"], "running");
+    vm.stop();
     drop(small);
 }

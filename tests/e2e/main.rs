@@ -7,6 +7,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod cli;
+mod crash;
 mod docker;
 mod failures;
 mod forwards;
@@ -31,6 +32,7 @@ fn cases() -> Vec<Case> {
         forwards::cases(),
         mounts::cases(),
         network::cases(),
+        crash::cases(),
         lifecycle::cases(),
         failures::cases(),
         unprivileged::cases(),

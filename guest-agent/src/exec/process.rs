@@ -59,10 +59,11 @@ pub(super) enum StartError {
 }
 
 /// The process group of a running command, its leader. Until this is dropped its number belongs to
-/// nobody else, even when the command has ended.
+/// nobody else, even when the command has ended. All of it is killed then, unless it is left.
 #[derive(Debug)]
 pub(super) struct Group {
     pid: Pid,
+    left: bool,
     /// The thread reaps when this is dropped.
     _reap: mpsc::Sender<()>,
 }
@@ -98,6 +99,20 @@ impl Group {
     /// The number is no signal, or nobody is left.
     pub(super) fn signal(&self, number: i32) -> io::Result<()> {
         signal_group(self.pid, number)
+    }
+
+    /// Lets what the command has left in the background go on.
+    pub(super) fn leave(mut self) {
+        self.left = true;
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if !self.left {
+            // ESRCH: nobody is left, which was wanted.
+            let _ = self.signal(libc::SIGKILL);
+        }
     }
 }
 
@@ -242,10 +257,8 @@ fn run(mut command: Command, started: oneshot::Sender<Result<(Group, Exit), Star
     };
     let (told, receiver) = oneshot::channel();
     let (reap, reaped) = mpsc::channel();
-    if started.send(Ok((Group { pid, _reap: reap }, Exit { receiver }))).is_err() {
-        // The host left meanwhile.
-        let _ = signal_group(pid, libc::SIGKILL);
-    }
+    // When nobody waits, since the host has left meanwhile, this kills it.
+    drop(started.send(Ok((Group { pid, left: false, _reap: reap }, Exit { receiver }))));
     let status = wait(pid, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
     let _ = told.send(status);
     // An error is the signal: the sender was dropped.

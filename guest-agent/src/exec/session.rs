@@ -9,7 +9,7 @@ use dhow_protocol::codec::{self, CodecError, DATA_CHUNK, DATA_LIMIT};
 use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::process::{self, Exit, Group, StartError, Stdio};
 use super::{Prepared, pipes, pty};
@@ -47,7 +47,9 @@ pub async fn run(stream: Stream, prepared: Prepared) {
     let started = match open(&prepared) {
         Ok((ends, stdio)) => tokio::select! {
             started = process::start(&prepared, stdio) => started.map(|(group, exit)| (ends, group, exit)),
-            () = stream.hung_up() => return,
+            // One that is just being started is hung up in order; one whose program cannot be read (its
+            // share hangs) is killed whenever it starts after all.
+            () = async { stream.hung_up().await; sleep(HANGUP).await } => return,
         },
         Err(error) => Err(StartError::Other(error)),
     };
@@ -107,17 +109,22 @@ async fn serve(
     group: Group,
     mut exit: Exit,
 ) -> Result<Option<ExitStatus>, CodecError> {
-    let Ends { stdin, stdout, stderr, terminal } = ends;
+    let Ends { stdin, stdout, mut stderr, terminal } = ends;
+    let mut stdout = Some(stdout);
     let (chunks, queue) = mpsc::channel(STDIN_CHUNKS);
     let ended = tokio::select! {
-        ended = output(stream, stdout, stderr, &mut exit) => ended.map(Some),
+        ended = output(stream, &mut stdout, &mut stderr, &mut exit) => ended.map(Some),
         ended = input(stream, chunks, &group, terminal.as_deref()) => ended.map(|()| None),
         never = feed(stdin, queue, terminal.as_deref()) => match never {},
     };
-    // The kernel hangs up a terminal's whole session when its last fd here is closed.
-    drop(terminal);
-    if !matches!(ended, Ok(Some(_))) {
-        hang_up(&group, &mut exit).await;
+    if matches!(ended, Ok(Some(_))) {
+        group.leave();
+    } else {
+        if terminal.is_some() {
+            // The kernel hangs up a terminal's whole session when its last fd here is closed.
+            drop((terminal, stdout.take()));
+        }
+        hang_up(group, &mut exit, &mut stdout, &mut stderr).await;
     }
     ended
 }
@@ -184,11 +191,10 @@ async fn feed(
 /// Sends output until all of it is sent and the command has ended.
 async fn output(
     mut stream: &Stream,
-    stdout: Reader,
-    stderr: Option<Reader>,
+    stdout: &mut Option<Reader>,
+    stderr: &mut Option<Reader>,
     exit: &mut Exit,
 ) -> Result<ExitStatus, CodecError> {
-    let (mut stdout, mut stderr) = (Some(stdout), stderr);
     let (mut out, mut err) = (vec![0; DATA_CHUNK], vec![0; DATA_CHUNK]);
     let mut status = None;
     let mut quiet_until = Instant::now();
@@ -202,7 +208,7 @@ async fn output(
                 quiet_until = Instant::now() + GRACE;
                 continue;
             }
-            frame = either(&mut stdout, &mut stderr, &mut out, &mut err) => match frame {
+            frame = either(stdout, stderr, &mut out, &mut err) => match frame {
                 Some(frame) => frame,
                 None => continue,
             },
@@ -258,13 +264,27 @@ async fn finish(mut stream: &Stream, status: ExitStatus) -> Result<(), CodecErro
     Ok(())
 }
 
-/// Ends a command whose host has left, as a terminal does, then by force.
-async fn hang_up(group: &Group, exit: &mut Exit) {
+/// Ends a command whose host has left, as a terminal does, then by force. What it says meanwhile is
+/// read away: whoever cleans up and speaks of it must not die of a closed pipe.
+async fn hang_up(group: Group, exit: &mut Exit, stdout: &mut Option<Reader>, stderr: &mut Option<Reader>) {
     // ESRCH: it has ended already.
     let _ = group.signal(libc::SIGHUP);
     let _ = group.signal(libc::SIGCONT);
-    if timeout(HANGUP, exit.status()).await.is_err() {
+    let (mut out, mut err) = (vec![0; DATA_CHUNK], vec![0; DATA_CHUNK]);
+    let deaf = async {
+        while stdout.is_some() || stderr.is_some() {
+            either(stdout, stderr, &mut out, &mut err).await;
+        }
+        pending().await
+    };
+    let ended = tokio::select! {
+        _ = exit.status() => true,
+        never = deaf => never,
+        () = sleep(HANGUP) => false,
+    };
+    if !ended {
         tracing::debug!("a command did not end at its hang-up");
     }
-    let _ = group.signal(libc::SIGKILL);
+    // By force.
+    drop(group);
 }

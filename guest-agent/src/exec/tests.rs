@@ -419,7 +419,7 @@ async fn a_host_that_leaves_hangs_its_command_up() {
         let Host { reader, writer, running } = host;
         drop((reader, writer));
         within(running).await.unwrap();
-        assert!(hung_up.exists());
+        assert!(hung_up.exists(), "tty: {tty}");
     }
 }
 

@@ -114,34 +114,45 @@ fn signal(process: &Process, signal: Signal) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
 
-    /// A shell under a name that nobody else has, with a child that ignores SIGTERM and one that does not.
+    /// Kills what a failed test leaves.
+    #[derive(Debug)]
+    struct Family(Vec<Process>);
+
+    impl Drop for Family {
+        fn drop(&mut self) {
+            self.0.iter().for_each(|process| signal(process, Signal::KILL));
+        }
+    }
+
+    /// A shell under a name that nobody else has, with a child that ignores SIGTERM and one that
+    /// does not.
     #[tokio::test]
     async fn a_shim_ends_with_all_that_it_started() {
         let folder = tempfile::tempdir().unwrap();
         let name = format!("shim-{}", std::process::id());
         let program = folder.path().join(&name);
         fs::copy("/bin/sh", &program).unwrap();
-        let script = "/bin/sh -c 'trap \"\" TERM; echo up; while :; do sleep 1000; done' & sleep 1000 & wait";
-        let mut shim = Command::new(&program)
-            .args(["-c", script])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(shim.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let shims = find(std::slice::from_ref(&name));
-        assert_eq!(shims.iter().map(|shim| shim.pid).collect::<Vec<_>>(), [shim.id() as i32]);
-        let started = descendants(&shims);
-        assert!(started.len() >= 2, "{started:?}");
+        let script = "/bin/sh -c 'trap \"\" TERM; while :; do sleep 1000; done' & sleep 1000 & wait";
+        let mut command = Command::new(&program);
+        command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut shim = command.spawn().unwrap();
+        let mut family = Family(vec![see(shim.id() as i32).unwrap()]);
+        let begun = Instant::now();
+        // The shell, its sleep, the other sleep; none any more between fork and exec.
+        while family.0.len() < 4 || find(std::slice::from_ref(&name)).len() > 1 {
+            assert!(begun.elapsed() < Duration::from_secs(120), "{family:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            family.0.truncate(1);
+            let started = descendants(&family.0);
+            family.0.extend(started);
+        }
+        assert_eq!(find(std::slice::from_ref(&name)), family.0[..1]);
         end(std::slice::from_ref(&name), Duration::from_millis(300)).await;
         assert_eq!(find(&[name]), []);
-        // The children are this process's or its subreaper's by now, and ended.
-        for process in started {
-            assert_ne!(see(process.pid), Some(process.clone()), "{process:?} lives");
+        for process in &family.0 {
+            assert_ne!(see(process.pid).map(|now| now.started), Some(process.started), "{process:?} lives");
         }
         shim.wait().unwrap();
     }

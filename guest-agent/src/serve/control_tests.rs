@@ -144,6 +144,8 @@ async fn each_request_is_answered_once_whatever_happens_to_it() {
     host.ask(1, 1, stop()).await;
     assert_eq!(host.answer().await, (1, Err(ControlError::Deadline)));
     host.ask(2, LONG, stop()).await;
+    host.ask(20, LONG, ControlRequest::Ping).await;
+    assert_eq!(host.answer().await, (20, Ok(ControlResponse::Pong)));
     host.send(&ToAgent::Cancel { id: 2 }).await;
     assert_eq!(host.answer().await, (2, Err(ControlError::Cancelled)));
     for _ in 0..2 {

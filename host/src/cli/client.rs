@@ -11,6 +11,7 @@ use super::diagnosis;
 use super::errors::{CommandError, invocation};
 use crate::api::{API_LIMIT, ApiReply, ApiRequest, StatusReport};
 use crate::config::{Paths, ProfileName};
+use crate::keeper;
 
 /// How long an answer may take. The supervisor itself waits up to 7 s for the guest's words.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -19,6 +20,8 @@ pub const OPEN_DEADLINE: Duration = Duration::from_secs(13);
 /// How long a stream of progress may be silent until the supervisor is asked whether it lives. With
 /// [`ANSWER_DEADLINE`] it is below 15 s.
 const HEARTBEAT: Duration = Duration::from_secs(4);
+/// Between attempts to reach a keeper that another command is starting.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Once the sockets are gone, the keeper itself has only to exit.
 const LAST_BREATH: Duration = Duration::from_millis(500);
 
@@ -32,11 +35,34 @@ pub struct Connection {
     who: &'static str,
 }
 
-/// Connects; `None` where nobody listens.
+/// Connects; `None` where nothing runs. Where a VM runs whose keeper and supervisor were killed, it gets
+/// new ones first.
 ///
 /// # Errors
-/// When the socket is there and cannot be used.
+/// When the socket is there and cannot be used, or no keeper can be started.
 pub async fn connect(paths: &Paths) -> Result<Option<Connection>, CommandError> {
+    let deadline = tokio::time::Instant::now() + ANSWER_DEADLINE;
+    loop {
+        let connection = try_connect(paths).await?;
+        let late = tokio::time::Instant::now() >= deadline;
+        if connection.is_some() || late || !keeper::vm_runs(paths) {
+            return Ok(connection);
+        }
+        let own = paths.clone();
+        let spawning = tokio::task::spawn_blocking(move || keeper::spawn(own.profile(), &own, true));
+        match spawning.await {
+            Ok(Ok(())) => {}
+            // Another command is doing the same.
+            Ok(Err(error)) if error.is_locked(paths.profile()) => tokio::time::sleep(LOOK_AGAIN).await,
+            Ok(Err(error)) => return Err(error.into()),
+            Err(panicked) => {
+                return Err(CommandError::system("start the keeper", io::Error::other(panicked)));
+            }
+        }
+    }
+}
+
+async fn try_connect(paths: &Paths) -> Result<Option<Connection>, CommandError> {
     let path = paths.api_socket();
     match UnixStream::connect(&path).await {
         Ok(stream) => {
@@ -181,7 +207,7 @@ fn silence(
     keeper: Option<Pid>,
     profile: &ProfileName,
 ) -> CommandError {
-    let halted = diagnosis::halted(keeper);
+    let halted = Paths::new(profile).map(|paths| diagnosis::halted(keeper, &paths)).unwrap_or_default();
     let force = format!("`{} stop --force` ends it, as a power cut would", invocation(profile));
     let (reason, hint) = if halted.is_empty() {
         let logs = format!("`{} logs keeper` may say more", invocation(profile));

@@ -2,6 +2,9 @@
 
 use rustix::process::Pid;
 
+use crate::config::Paths;
+use crate::supervisor::Record;
+
 /// A process that does nothing until it is continued.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Halted {
@@ -19,17 +22,23 @@ impl Halted {
     }
 }
 
-/// The stopped ones among `keeper` and its children.
+/// The stopped ones among a profile's processes: `keeper`, its children, and what the VM's record has of
+/// an earlier keeper.
 #[must_use]
-pub fn halted(keeper: Option<Pid>) -> Vec<Halted> {
-    let Some(keeper) = keeper.map(|pid| pid.as_raw_nonzero().get()) else {
-        return Vec::new();
-    };
+pub fn halted(keeper: Option<Pid>, paths: &Paths) -> Vec<Halted> {
+    let recorded = Record::read(paths).map(|record| record.pids()).unwrap_or_default();
+    halted_among(keeper, &recorded)
+}
+
+fn halted_among(keeper: Option<Pid>, recorded: &[i32]) -> Vec<Halted> {
+    let keeper = keeper.map(|pid| pid.as_raw_nonzero().get());
+    let is_ours =
+        |pid: i32, stat: &Stat| Some(pid) == keeper || Some(stat.parent) == keeper || recorded.contains(&pid);
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut halted: Vec<Halted> = processes
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter_map(|pid| Some((pid, Stat::read(pid)?)))
-        .filter(|(pid, stat)| (*pid == keeper || stat.parent == keeper) && stat.is_halted())
+        .filter(|(pid, stat)| is_ours(*pid, stat) && stat.is_halted())
         .map(|(pid, stat)| Halted { name: role(pid).unwrap_or(stat.name), pid })
         .collect();
     halted.sort_by_key(|process| process.pid);
@@ -91,7 +100,7 @@ mod tests {
         let own = Pid::from_raw(i32::try_from(std::process::id()).unwrap());
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
         let found = loop {
-            let found = halted(own).into_iter().find(|process| process.pid == pid.as_raw());
+            let found = halted_among(own, &[]).into_iter().find(|process| process.pid == pid.as_raw());
             if found.is_some() || std::time::Instant::now() > deadline {
                 break found;
             }
@@ -100,6 +109,6 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(found.unwrap().name, "sleep");
-        assert!(halted(None).is_empty());
+        assert!(halted_among(None, &[]).is_empty());
     }
 }

@@ -117,9 +117,6 @@ impl CommandError {
             Self::Answer(_) | Self::Kind => {
                 "a supervisor of another version may be running: `dhow restart` brings both to one".to_owned()
             }
-            Self::Keeper(KeeperError::DiskInUse(_)) => {
-                "`pgrep -af qemu` finds a VM that was left behind; end it, then start again".to_owned()
-            }
             _ => return None,
         })
     }

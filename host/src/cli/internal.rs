@@ -24,6 +24,9 @@ pub enum Command {
         /// The profile
         #[arg(value_parser = profile_name)]
         name: ProfileName,
+        /// Take over a VM that runs, start none
+        #[arg(long)]
+        adopt_only: bool,
     },
     /// Policy of a profile
     #[command(hide = true)]
@@ -31,6 +34,9 @@ pub enum Command {
         /// The profile
         #[arg(value_parser = profile_name)]
         name: ProfileName,
+        /// Take over a VM that runs, start none
+        #[arg(long)]
+        adopt_only: bool,
     },
     /// vhost-user device of a profile
     #[command(hide = true)]
@@ -57,8 +63,8 @@ pub enum Command {
 pub fn run(command: Command) -> u8 {
     logging::for_process();
     let outcome: Result<(), Box<dyn Error>> = match command {
-        Command::Keeper { name } => keeper::main(&name).map_err(Into::into),
-        Command::Supervisor { name } => supervisor::main(&name).map_err(Into::into),
+        Command::Keeper { name, adopt_only } => keeper::main(&name, adopt_only).map_err(Into::into),
+        Command::Supervisor { name, adopt_only } => supervisor::main(&name, adopt_only).map_err(Into::into),
         Command::VsockDevice { .. } => vsock_device(),
         Command::FileServer { path, read_only, mask } => file_server(path, read_only, mask),
     };

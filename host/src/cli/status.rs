@@ -103,7 +103,7 @@ pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
     let mut document = Document::of_profile(paths);
     let mut hint = None;
     match client::status(paths).await {
-        Ok(Some((report, keeper))) => document.add_report(report, keeper),
+        Ok(Some((report, keeper))) => document.add_report(report, keeper, paths),
         // It has ended while it was asked.
         Ok(None) | Err(CommandError::Gone) => document.problem = document.problem.or_else(|| last_end(paths)),
         Err(error @ CommandError::Silent { .. }) => {
@@ -151,7 +151,7 @@ impl Document {
     }
 
     /// What the supervisor says: of a VM that runs.
-    fn add_report(&mut self, report: StatusReport, keeper: Option<Pid>) {
+    fn add_report(&mut self, report: StatusReport, keeper: Option<Pid>, paths: &Paths) {
         self.state = state_name(report.state);
         // What it has not learnt yet is empty or 0.
         self.acceleration = Some(report.acceleration).filter(|name| !name.is_empty());
@@ -162,7 +162,8 @@ impl Document {
             self.disk_gib = Some(report.disk_gib);
         }
         self.docker_socket = report.docker_socket;
-        let halted: Vec<String> = diagnosis::halted(keeper).iter().map(diagnosis::Halted::problem).collect();
+        let halted: Vec<String> =
+            diagnosis::halted(keeper, paths).iter().map(diagnosis::Halted::problem).collect();
         let problems: Vec<String> = report.problem.into_iter().chain(halted).collect();
         self.problem = (!problems.is_empty()).then(|| problems.join("; "));
         let keeper = keeper.map(|pid| ("keeper".to_owned(), pid.as_raw_nonzero().get()));

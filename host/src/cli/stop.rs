@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::client::{self, Connection, keeper_ended};
+use super::diagnosis;
 use super::errors::{CommandError, invocation};
 use super::output::print;
 use super::progress::Display;
@@ -29,6 +30,7 @@ Examples:
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// End it at once, as a power cut would: what containers have not yet written is lost
+    /// [default: wait for the guest]
     #[arg(short, long)]
     force: bool,
 }
@@ -82,13 +84,19 @@ async fn ask(connection: &mut Connection, paths: &Paths, force: bool) -> Result<
 
 /// The way that needs nobody's answer: the keeper ends its children, whatever state they are in.
 async fn kill(paths: &Paths, keeper: Option<Pid>) -> Result<bool, CommandError> {
-    let pidfd = keeper
-        .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok())
-        .ok_or(CommandError::Gone)?;
-    // It may be stopped itself.
-    for signal in [Signal::TERM, Signal::CONT] {
-        // ESRCH: it has ended, which is what is wanted.
-        let _ = rustix::process::pidfd_send_signal(&pidfd, signal);
+    let open = |pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
+    let pidfd = keeper.and_then(open).ok_or(CommandError::Gone)?;
+    // The keeper may be stopped itself, and a child of its that is would only keep SIGTERM pending.
+    // They are looked for before: what the keeper leaves behind is no child of its any more.
+    let halted: Vec<_> = diagnosis::halted(keeper, paths)
+        .iter()
+        .filter_map(|process| open(Pid::from_raw(process.pid)?))
+        .collect();
+    // Not SIGTERM, after which it would wait for its supervisor.
+    // ESRCH, here and below: it has ended, which is what is wanted.
+    let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::INT);
+    for process in halted {
+        let _ = rustix::process::pidfd_send_signal(process, Signal::CONT);
     }
     if keeper_ended(paths, keeper, KEEPER_DEADLINE).await {
         return Ok(true);

@@ -10,13 +10,8 @@ use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps}
 use rustix::io::{Errno, Result};
 
 use super::host_fs::{self, Identity, Spot, Status};
-use super::ownership::{self, Owner};
+use super::ownership::{self, Owner, SET_GID, SET_ID};
 use super::share::{Share, attributes};
-
-/// Set-group-id: new files take the folder's group.
-const SET_GID: u32 = 0o2000;
-/// Set-user-id and set-group-id.
-const SET_ID: u32 = 0o6000;
 
 /// Writes all of `data` or tells why not.
 pub fn write(share: &Share, id: NodeId, offset: u64, data: &[u8]) -> Result<FileAnswer> {
@@ -45,24 +40,32 @@ pub fn write(share: &Share, id: NodeId, offset: u64, data: &[u8]) -> Result<File
 /// Sets size, owner and mode, times, in this order.
 pub fn set_attributes(share: &Share, id: NodeId, set: &SetAttributes) -> Result<FileAnswer> {
     share.writable()?;
+    let (uid, gid) = (given(set.uid)?, given(set.gid)?);
     let _names = share.names_held();
     let (fd, mut status) = share.open_node(id)?;
+    if matches!(status.kind, FileKind::CharDevice | FileKind::BlockDevice) {
+        // The host's devices are not the guest's to open up.
+        return Err(Errno::PERM);
+    }
     let spot = Spot::Fd(Arc::clone(&fd));
     if let Some(size) = set.size {
         let (file, _) = open_for_writing(share, id)?;
         fs::ftruncate(&file, size)?;
         status = host_fs::status_of(fd.as_fd())?;
     }
-    if set.mode.is_some() || set.uid.is_some() || set.gid.is_some() {
+    if set.mode.is_some() || uid.is_some() || gid.is_some() {
         if set.mode.is_some() && status.kind == FileKind::Symlink {
             return Err(Errno::OPNOTSUPP);
         }
         let now = ownership::of(&spot, &status);
-        let wanted = Owner {
-            uid: set.uid.unwrap_or(now.uid),
-            gid: set.gid.unwrap_or(now.gid),
-            mode: set.mode.map_or(now.mode, |mode| mode & 0o7777),
+        let mode = match set.mode {
+            Some(mode) => mode & 0o7777,
+            // > When the owner or group of an executable file is changed by an unprivileged user,
+            // > the S_ISUID and S_ISGID mode bits are cleared (chown(2)); Linux does it for root, too
+            None if status.kind == FileKind::Regular => ownership::without_privilege(now.mode),
+            None => now.mode,
         };
+        let wanted = Owner { uid: uid.unwrap_or(now.uid), gid: gid.unwrap_or(now.gid), mode };
         ownership::set(&spot, &status, wanted)?;
     }
     if set.atime.is_some() || set.mtime.is_some() {
@@ -108,14 +111,17 @@ fn create(
     parent: NodeId,
     name: &Name,
     new: Option<(FileKind, Creation)>,
-    make: impl FnOnce(BorrowedFd<'_>, &[u8], Mode) -> Result<()>,
+    make: impl Fn(BorrowedFd<'_>, &[u8], Mode) -> Result<()>,
 ) -> Result<FileAnswer> {
     share.writable()?;
+    if let Some((_, new)) = new {
+        given(Some(new.uid)).and(given(Some(new.gid)))?;
+    }
     let _names = share.names_held();
     let folder = share.folder(parent)?;
     not_masked(share, parent, name, None)?;
     let mode = new.map_or(0, |(kind, new)| ownership::mode_on_host(kind, new.mode & 0o7777));
-    make(folder.as_fd(), name.as_bytes(), Mode::from_raw_mode(mode))?;
+    share.opening(|| make(folder.as_fd(), name.as_bytes(), Mode::from_raw_mode(mode)))?;
     if let Some((kind, new)) = new {
         let above = host_fs::status_of(folder.as_fd())?;
         let above = ownership::of(&Spot::Fd(Arc::clone(&folder)), &above);
@@ -124,19 +130,28 @@ fn create(
             wanted.gid = above.gid;
             wanted.mode |= if kind == FileKind::Folder { SET_GID } else { 0 };
         }
-        own(share, &folder, name, wanted)?;
+        if let Err(error) = own(share, &folder, name, kind, wanted) {
+            // What the guest is told has failed must not be there.
+            let flags = if kind == FileKind::Folder { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+            let _ = fs::unlinkat(&folder, name.as_bytes(), flags);
+            return Err(error);
+        }
     }
     share.enter(parent, &folder, name).map(FileAnswer::Entry)
 }
 
 /// Gives a new file its owner. Where the file system cannot keep one, it stays the server's.
-fn own(share: &Share, folder: &Arc<OwnedFd>, name: &Name, wanted: Owner) -> Result<()> {
+fn own(share: &Share, folder: &Arc<OwnedFd>, name: &Name, kind: FileKind, wanted: Owner) -> Result<()> {
     let status = host_fs::status_at(folder.as_fd(), name.as_bytes())?;
     if wanted == (Owner { uid: status.uid, gid: status.gid, mode: status.mode }) {
         return Ok(());
     }
     let fd = Arc::new(share.open_path(folder.as_fd(), name)?);
     let status = host_fs::status_of(fd.as_fd())?;
+    if status.kind != kind {
+        // A host program was quicker: what it put there is its own.
+        return Ok(());
+    }
     match ownership::set(&Spot::Fd(fd), &status, wanted) {
         Err(Errno::PERM | Errno::OPNOTSUPP) => Ok(()),
         other => other,
@@ -154,8 +169,8 @@ pub fn link(share: &Share, id: NodeId, parent: NodeId, name: &Name) -> Result<Fi
     let folder = share.folder(parent)?;
     not_masked(share, parent, name, None)?;
     // Through the fd, so that it is this file; the path is our own, and its last part a magic link.
-    let file = Spot::Fd(fd).proc_path();
-    fs::linkat(fs::CWD, file, &folder, name.as_bytes(), AtFlags::SYMLINK_FOLLOW)?;
+    let file = Spot::Fd(fd);
+    fs::linkat(fs::CWD, file.proc_path(), &folder, name.as_bytes(), AtFlags::SYMLINK_FOLLOW)?;
     share.enter(parent, &folder, name).map(FileAnswer::Entry)
 }
 
@@ -235,7 +250,8 @@ fn save(
 ) -> Result<Option<(NodeId, Arc<OwnedFd>)>> {
     let Some(id) = share.nodes().named(parent, name, &status.identity) else { return Ok(None) };
     if !share.nodes().can_pin() {
-        return Err(Errno::NFILE);
+        // A removed folder holds nothing that could be lost with it.
+        return if status.kind == FileKind::Folder { Ok(None) } else { Err(Errno::NFILE) };
     }
     let fd = Arc::new(share.open_path(folder.as_fd(), name)?);
     let same = host_fs::status_of(fd.as_fd())?.identity == status.identity;
@@ -245,7 +261,7 @@ fn save(
 fn open_for_writing(share: &Share, id: NodeId) -> Result<(OwnedFd, Status)> {
     let (fd, status) = share.open_node(id)?;
     host_fs::openable(status.kind)?;
-    let file = host_fs::reopen(fd.as_fd(), OFlags::WRONLY)?;
+    let file = share.opening(|| host_fs::reopen(fd.as_fd(), OFlags::WRONLY))?;
     if status.mode & SET_ID != 0 {
         // Root's writes keep these bits on the host; nobody may put code under them.
         fs::fchmod(&file, Mode::from_raw_mode(status.mode & !SET_ID))?;
@@ -260,6 +276,11 @@ fn not_masked(share: &Share, parent: NodeId, name: &Name, found: Option<&Identit
 
 fn not_kept(share: &Share, status: &Status) -> Result<()> {
     if share.masks.keep(&status.identity) { Err(Errno::PERM) } else { Ok(()) }
+}
+
+/// > (uid_t) -1 … not changed (chown(2)): on the wire that is `None`, so no owner can be it.
+fn given(id: Option<u32>) -> Result<Option<u32>> {
+    if id == Some(u32::MAX) { Err(Errno::INVAL) } else { Ok(id) }
 }
 
 fn timespec(time: Option<SetTime>) -> Result<Timespec> {

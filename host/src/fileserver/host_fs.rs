@@ -6,6 +6,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use dhow_protocol::files::{FileKind, Name, Time};
 use rustix::fs::{self, AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, StatxFlags};
@@ -14,6 +15,10 @@ use rustix::io::{Errno, Result};
 /// Beneath the folder it starts from, through no symlink of either kind.
 const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
+
+/// How often, and how long apart, the holder of a lease is given time to return it.
+const LEASE_TRIES: u32 = 50;
+const LEASE_PAUSE: Duration = Duration::from_millis(10);
 
 /// What makes a file the same file: a reused inode number has another birth time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,6 +31,18 @@ pub struct Identity {
     pub birth: Option<(i64, u32)>,
     /// Type bits of the mode.
     pub format: u32,
+}
+
+impl Identity {
+    /// Device and inode number.
+    pub fn key(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
+    /// Whether nothing but the birth time differs.
+    pub fn differs_in_birth(&self, other: &Self) -> bool {
+        self.birth != other.birth && Self { birth: other.birth, ..*self } == *other
+    }
 }
 
 /// stat(2), and who it is.
@@ -99,8 +116,21 @@ pub fn open_listing(folder: BorrowedFd<'_>) -> Result<OwnedFd> {
 /// Opens anew what `file` (`O_PATH`, known to be a regular file or a folder) is.
 pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // O_NONBLOCK: a lease or a mandatory lock of a host program must not stop a thread of ours.
-    fs::open(path, flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK, Mode::empty())
+    // O_NONBLOCK: a lease of a host program must not stop a thread of ours for its 45 seconds.
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    for _ in 0..LEASE_TRIES {
+        match fs::open(&path, flags, Mode::empty()) {
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(LEASE_PAUSE),
+            other => return other,
+        }
+    }
+    fs::open(&path, flags, Mode::empty())
+}
+
+/// Whether a file may get another birth time while it lives: on overlayfs, when the first write
+/// copies it up.
+pub fn births_change(fd: BorrowedFd<'_>) -> bool {
+    fs::fstatfs(fd).is_ok_and(|got| got.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }
 
 /// stat of an fd itself.

@@ -36,6 +36,13 @@ impl Masks {
         masks
     }
 
+    /// Whether `root` is one of these folders or lies in one.
+    pub fn cover(root: &Path, paths: &[PathBuf]) -> bool {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let root = real(root);
+        paths.iter().any(|path| root.starts_with(real(path)))
+    }
+
     fn add(&mut self, root: &Path, path: &Path) {
         let Ok(below) = path.strip_prefix(root) else { return };
         let names: Vec<_> = below

@@ -64,9 +64,6 @@ pub enum FileServerError {
     /// The server could not confine itself, so it does not serve.
     #[error("the file server could not confine itself: {0}")]
     Sandbox(String),
-    /// A thread could not be started.
-    #[error("the file server could not start a thread")]
-    Thread(#[source] std::io::Error),
     /// The socket to the supervisor failed.
     #[error("the file server's socket to the supervisor failed")]
     Control(#[source] std::io::Error),
@@ -84,15 +81,31 @@ pub fn run(args: FileServerArgs) -> Result<(), FileServerError> {
         .map_err(|source| FileServerError::Root { path: root, source: source.into() })?;
     // The guest has applied its own.
     rustix::process::umask(rustix::fs::Mode::empty());
+    ignore_file_size_signal();
     sandbox::enter(share.root_fd(), read_only)?;
     let server = server::Server::new(Arc::new(share));
     let mut sessions = Vec::new();
     while let Some(stream) = receive_stream(control.as_fd()).map_err(FileServerError::Control)? {
         sessions.retain(|session: &server::Session| !session.is_over());
-        sessions.push(server.serve(stream).map_err(FileServerError::Thread)?);
+        match server.serve(stream) {
+            Ok(session) => sessions.push(session),
+            // Out of fds or threads for now: the guest loses this stream, not its mount.
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "a file session was not started");
+            }
+        }
     }
     sessions.into_iter().for_each(server::Session::wait);
     Ok(())
+}
+
+/// A write beyond RLIMIT_FSIZE is to be told to the guest (EFBIG), not to end the server.
+fn ignore_file_size_signal() {
+    // SAFETY: ignoring a signal installs no handler, so none can run in a wrong place.
+    let ignored = unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    if ignored == libc::SIG_ERR {
+        tracing::warn!("SIGXFSZ cannot be ignored");
+    }
 }
 
 /// Gives a file server a connected stream socket to serve a session on.

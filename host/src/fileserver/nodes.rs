@@ -4,10 +4,10 @@
 //! lost its name while the guest still knows it keeps one fd of its own until it is forgotten. The
 //! counts are the server's: forgetting more than was given out ends at nothing.
 //!
-//! Node ids derive from inode numbers, so that they (and with them what stat(2) tells in the guest)
-//! are the same after a restart of the server, for the file system that the share's root is on.
-//! Asking a new server for an id that only the old one gave out is answered with ESTALE, upon which
-//! the guest kernel looks names up again.
+//! Node ids derive from device and inode number, so that they (and with them what stat(2) tells in
+//! the guest) are the same after a restart of the server. Where that cannot be, ids are counted up
+//! from a random start: no two servers give the same one to two files. Asking a new server for an id
+//! that was not restored is answered with ESTALE, upon which the guest kernel looks names up again.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -22,6 +22,8 @@ use super::host_fs::Identity;
 const COUNTED: u64 = 1 << 63;
 /// Inode numbers below this are used as they are.
 const INODE_LIMIT: u64 = 1 << 48;
+/// Numbers of devices other than the root's, above the inode number in an id.
+const DEVICE_GROUPS: u64 = (1 << 14) - 1;
 /// Longest chain of folders; also ends a loop that racing renames can leave in the hints.
 const MAX_DEPTH: usize = 4096;
 
@@ -54,7 +56,7 @@ pub enum Place {
 pub struct Nodes {
     by_id: HashMap<NodeId, Node>,
     by_inode: HashMap<(u64, u64), NodeId>,
-    devices: Vec<u64>,
+    device: u64,
     next: u64,
     folders: HashMap<NodeId, (Arc<OwnedFd>, u64)>,
     folders_limit: usize,
@@ -64,20 +66,21 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// A table with the root alone. `fd_budget` bounds the fds that it keeps.
-    pub fn new(root: Arc<OwnedFd>, identity: Identity, fd_budget: usize) -> Self {
+    /// A table with the root alone. `fd_budget` bounds the fds that it keeps; `random` is where
+    /// counted ids start.
+    pub fn new(root: Arc<OwnedFd>, identity: Identity, fd_budget: usize, random: u64) -> Self {
         let mut nodes = Self {
             by_id: HashMap::new(),
             by_inode: HashMap::new(),
-            devices: vec![identity.device],
-            next: 1,
+            device: identity.device,
+            next: random >> 2,
             folders: HashMap::new(),
             folders_limit: (fd_budget / 2).max(8),
             clock: 0,
             pinned: 0,
             pinned_limit: (fd_budget / 2).max(8),
         };
-        nodes.by_inode.insert((identity.device, identity.inode), NodeId::ROOT);
+        nodes.by_inode.insert(identity.key(), NodeId::ROOT);
         let root = Node {
             parent: NodeId::ROOT,
             name: None,
@@ -103,24 +106,14 @@ impl Nodes {
 
     /// Notes that `identity` was seen under this name, and gives one reference to its node.
     pub fn enter(&mut self, parent: NodeId, name: &Name, identity: &Identity) -> NodeId {
-        let key = (identity.device, identity.inode);
-        let known = self.by_inode.get(&key).copied();
-        let id = match known {
+        let id = match self.by_inode.get(&identity.key()).copied() {
             Some(id) if self.by_id.get(&id).is_some_and(|node| node.identity == *identity) => id,
             known => {
                 // Another file under a reused inode number: the old node stays, out of reach.
-                let id = self.new_id(known, identity);
-                self.by_inode.insert(key, id);
-                let node = Node {
-                    parent,
-                    name: Some(name.clone()),
-                    identity: *identity,
-                    references: 0,
-                    children: 0,
-                    pinned: None,
-                };
-                self.by_id.insert(id, node);
-                self.add_child(parent);
+                let natural =
+                    self.natural(identity).filter(|id| known.is_none() && !self.by_id.contains_key(id));
+                let id = natural.unwrap_or_else(|| self.counted());
+                self.insert(id, parent, name, identity);
                 id
             }
         };
@@ -133,12 +126,45 @@ impl Nodes {
         id
     }
 
+    /// Gives a node of an earlier server its id again, and at least so many references. False when
+    /// this file's id is another: then the guest's node is stale.
+    pub fn restore(
+        &mut self,
+        parent: NodeId,
+        name: &Name,
+        identity: &Identity,
+        (wanted, references): (NodeId, u64),
+    ) -> bool {
+        if references == 0 || wanted == NodeId::ROOT {
+            return false;
+        }
+        match self.by_inode.get(&identity.key()).copied() {
+            Some(known) if known == wanted => {
+                if self.by_id.get(&known).is_none_or(|node| node.identity != *identity) {
+                    return false;
+                }
+            }
+            Some(_) => return false,
+            None if self.natural(identity) == Some(wanted) && !self.by_id.contains_key(&wanted) => {
+                self.insert(wanted, parent, name, identity);
+            }
+            None => return false,
+        }
+        self.moved(wanted, parent, name);
+        if let Some(node) = self.by_id.get_mut(&wanted) {
+            node.references = node.references.max(references);
+        }
+        true
+    }
+
     /// Notes a node's new folder and name.
     pub fn moved(&mut self, id: NodeId, parent: NodeId, name: &Name) {
-        let Some(node) = self.by_id.get_mut(&id) else { return };
-        if id == NodeId::ROOT {
+        let elsewhere = self.by_id.get(&id).is_some_and(|node| node.parent != parent);
+        // A bind mount can show a folder below itself: it stays where it can be found.
+        if id == NodeId::ROOT || elsewhere && self.lies_in(parent, id) {
             return;
         }
+        let Some(node) = self.by_id.get_mut(&id) else { return };
         if node.pinned.take().is_some() {
             self.pinned = self.pinned.saturating_sub(1);
         }
@@ -154,7 +180,7 @@ impl Nodes {
 
     /// The node that is known under this name, if it is wanted still.
     pub fn named(&self, parent: NodeId, name: &Name, identity: &Identity) -> Option<NodeId> {
-        let id = *self.by_inode.get(&(identity.device, identity.inode))?;
+        let id = *self.by_inode.get(&identity.key())?;
         let node = self.by_id.get(&id)?;
         let same = node.identity == *identity && node.parent == parent && node.name.as_ref() == Some(name);
         same.then_some(id)
@@ -162,8 +188,24 @@ impl Nodes {
 
     /// The node of a file, if it is known.
     pub fn find(&self, identity: &Identity) -> Option<NodeId> {
-        let id = *self.by_inode.get(&(identity.device, identity.inode))?;
+        let id = *self.by_inode.get(&identity.key())?;
         self.by_id.get(&id).is_some_and(|node| node.identity == *identity).then_some(id)
+    }
+
+    /// What is known of the file with this inode number.
+    pub fn known(&self, identity: &Identity) -> Option<Identity> {
+        let id = self.by_inode.get(&identity.key())?;
+        self.by_id.get(id).map(|node| node.identity)
+    }
+
+    /// Notes a file's new birth time (see [`super::host_fs::births_change`]).
+    pub fn reborn(&mut self, identity: &Identity) {
+        if let Some(id) = self.by_inode.get(&identity.key())
+            && let Some(node) = self.by_id.get_mut(id)
+            && node.identity.differs_in_birth(identity)
+        {
+            node.identity.birth = identity.birth;
+        }
     }
 
     /// Whether one more node could keep an fd.
@@ -252,6 +294,12 @@ impl Nodes {
         self.folders.clear();
     }
 
+    /// Nodes and fds that the table holds.
+    #[cfg(test)]
+    pub fn held(&self) -> (usize, usize) {
+        (self.by_id.len(), self.folders.len() + self.pinned)
+    }
+
     fn cached(&mut self, id: NodeId) -> Option<Arc<OwnedFd>> {
         self.clock += 1;
         let (fd, used) = self.folders.get_mut(&id)?;
@@ -259,23 +307,50 @@ impl Nodes {
         Some(Arc::clone(fd))
     }
 
-    fn new_id(&mut self, taken: Option<NodeId>, identity: &Identity) -> NodeId {
-        let device = self.devices.iter().position(|device| *device == identity.device);
-        let device = device.unwrap_or_else(|| {
-            self.devices.push(identity.device);
-            self.devices.len() - 1
-        });
-        let natural = (device as u64) << 48 | identity.inode;
-        let usable = taken.is_none()
-            && natural > NodeId::ROOT.0
-            && identity.inode < INODE_LIMIT
-            && device < 1 << 14
-            && !self.by_id.contains_key(&NodeId(natural));
-        if usable {
-            return NodeId(natural);
-        }
-        self.next += 1;
+    /// The id that derives from device and inode number, where these leave room for it.
+    fn natural(&self, identity: &Identity) -> Option<NodeId> {
+        // Two other devices may meet in one group: then the second file of one number is counted.
+        let group = match identity.device == self.device {
+            true => 0,
+            false => 1 + identity.device.wrapping_mul(0x9e37_79b9_7f4a_7c15) % DEVICE_GROUPS,
+        };
+        let natural = group << 48 | identity.inode;
+        (natural > NodeId::ROOT.0 && identity.inode < INODE_LIMIT).then_some(NodeId(natural))
+    }
+
+    fn counted(&mut self) -> NodeId {
+        self.next = self.next.wrapping_add(1);
         NodeId(COUNTED | self.next)
+    }
+
+    fn insert(&mut self, id: NodeId, parent: NodeId, name: &Name, identity: &Identity) {
+        self.by_inode.insert(identity.key(), id);
+        let node = Node {
+            parent,
+            name: Some(name.clone()),
+            identity: *identity,
+            references: 0,
+            children: 0,
+            pinned: None,
+        };
+        self.by_id.insert(id, node);
+        self.add_child(parent);
+    }
+
+    /// Whether `inner` is `outer` or lies somewhere in it, as far as the hints go.
+    fn lies_in(&self, inner: NodeId, outer: NodeId) -> bool {
+        if self.by_id.get(&outer).is_none_or(|node| node.identity.format != libc::S_IFDIR) {
+            return false;
+        }
+        let mut at = inner;
+        for _ in 0..MAX_DEPTH {
+            match self.by_id.get(&at) {
+                _ if at == outer => return true,
+                Some(node) if at != NodeId::ROOT => at = node.parent,
+                _ => return false,
+            }
+        }
+        true
     }
 
     fn add_child(&mut self, parent: NodeId) {
@@ -299,7 +374,7 @@ impl Nodes {
                 return;
             }
             let Some(node) = self.by_id.remove(&id) else { return };
-            let key = (node.identity.device, node.identity.inode);
+            let key = node.identity.key();
             if self.by_inode.get(&key) == Some(&id) {
                 self.by_inode.remove(&key);
             }

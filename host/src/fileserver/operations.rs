@@ -3,7 +3,9 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use dhow_protocol::files::{FileAnswer, FileKind, FileOp, FolderEntry, LinkTarget, MAX_IO, NodeId, Space};
+use dhow_protocol::files::{
+    FileAnswer, FileKind, FileOp, FolderEntry, LinkTarget, MAX_IO, MAX_RESTORED, NodeId, RestoredNode, Space,
+};
 use rustix::fs::{self, OFlags};
 use rustix::io::{Errno, Result};
 
@@ -24,7 +26,7 @@ pub fn handle(share: &Share, op: FileOp) -> Option<Result<FileAnswer>> {
         }
         // Once, at the start of a stream; the server answers it.
         FileOp::Attach { .. } => Err(Errno::INVAL),
-        FileOp::Restore(_) => Err(Errno::OPNOTSUPP),
+        FileOp::Restore(nodes) => restore(share, &nodes),
         FileOp::Lookup(parent, name) => {
             let _names = share.names_held();
             share.folder(parent).and_then(|folder| share.enter(parent, &folder, &name)).map(FileAnswer::Entry)
@@ -48,6 +50,19 @@ pub fn handle(share: &Share, op: FileOp) -> Option<Result<FileAnswer>> {
     })
 }
 
+/// What is not found in its place is left out; asking for it says ESTALE.
+fn restore(share: &Share, nodes: &[RestoredNode]) -> Result<FileAnswer> {
+    if nodes.len() > MAX_RESTORED {
+        return Err(Errno::TOOBIG);
+    }
+    let _names = share.names_held();
+    let lost = nodes.iter().filter(|node| share.restore(node).is_err()).count();
+    if lost > 0 {
+        tracing::info!(lost, of = nodes.len(), "files of an earlier file server are not where they were");
+    }
+    Ok(FileAnswer::Done)
+}
+
 fn get_attributes(share: &Share, id: NodeId) -> Result<FileAnswer> {
     let _names = share.names_held();
     let (spot, status) = share.find(id)?;
@@ -60,7 +75,7 @@ fn read_folder(share: &Share, id: NodeId, cookie: u64, limit: u32) -> Result<Fil
     let folder = share.folder(id)?;
     let mut at = cookie;
     loop {
-        let (listed, end) = host_fs::list(folder.as_fd(), at, limit)?;
+        let (listed, end) = share.opening(|| host_fs::list(folder.as_fd(), at, limit))?;
         at = listed.last().map_or(at, |last| last.cookie);
         let entries: Vec<_> = listed
             .into_iter()
@@ -68,9 +83,10 @@ fn read_folder(share: &Share, id: NodeId, cookie: u64, limit: u32) -> Result<Fil
                 Ok(attributes) => {
                     Some(Ok(FolderEntry { name: listed.name, cookie: listed.cookie, attributes }))
                 }
-                // Masked, or removed since it was listed.
-                Err(Errno::NOENT) => None,
-                Err(error) => Some(Err(error)),
+                Err(Errno::STALE) => Some(Err(Errno::STALE)),
+                // Masked, or removed since it was listed, or a mount point that does not answer: it
+                // must not make the whole folder unreadable.
+                Err(_) => None,
             })
             .collect::<Result<_>>()?;
         if end || !entries.is_empty() {
@@ -88,7 +104,7 @@ fn read(share: &Share, id: NodeId, offset: u64, size: u32) -> Result<FileAnswer>
         let _names = share.names_held();
         let (fd, status) = share.open_node(id)?;
         host_fs::openable(status.kind)?;
-        host_fs::reopen(fd.as_fd(), OFlags::RDONLY)?
+        share.opening(|| host_fs::reopen(fd.as_fd(), OFlags::RDONLY))?
     };
     let mut data = vec![0; size];
     let mut have = 0;
@@ -120,16 +136,16 @@ fn sync(share: &Share, id: NodeId, data_only: bool) -> Result<FileAnswer> {
     let file = {
         let _names = share.names_held();
         let (fd, status) = share.open_node(id)?;
-        match status.kind {
-            FileKind::Folder => host_fs::open_listing(fd.as_fd())?,
-            kind => {
-                host_fs::openable(kind)?;
-                match host_fs::reopen(fd.as_fd(), OFlags::RDONLY) {
-                    Err(Errno::ACCESS) => host_fs::reopen(fd.as_fd(), OFlags::WRONLY)?,
-                    other => other?,
-                }
-            }
+        if status.kind != FileKind::Folder {
+            host_fs::openable(status.kind)?;
         }
+        share.opening(|| match status.kind {
+            FileKind::Folder => host_fs::open_listing(fd.as_fd()),
+            _ => match host_fs::reopen(fd.as_fd(), OFlags::RDONLY) {
+                Err(Errno::ACCESS) => host_fs::reopen(fd.as_fd(), OFlags::WRONLY),
+                other => other,
+            },
+        })?
     };
     if data_only {
         fs::fdatasync(&file)?

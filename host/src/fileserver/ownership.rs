@@ -22,8 +22,10 @@ use rustix::io::{Errno, Result};
 use super::host_fs::{Spot, Status};
 
 const ATTRIBUTE: &str = "user.dhow.owner";
+/// Set-group-id; of a folder: files made in it take its group.
+pub const SET_GID: u32 = 0o2000;
 /// Set-user-id and set-group-id.
-const SET_ID: u32 = 0o6000;
+pub const SET_ID: u32 = 0o6000;
 
 /// What the guest sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +63,11 @@ pub fn set(spot: &Spot, status: &Status, wanted: Owner) -> Result<()> {
         return Ok(());
     }
     let path = spot.proc_path();
-    let host_mode = mode_on_host(status.kind, wanted.mode);
+    let mut host_mode = mode_on_host(status.kind, wanted.mode);
+    if status.kind == FileKind::Folder {
+        // A folder that hands its group on does so because the host's user wants it.
+        host_mode |= status.mode & wanted.mode & SET_GID;
+    }
     if host_mode != status.mode {
         fs::chmod(&path, Mode::from_raw_mode(host_mode))?;
     }
@@ -93,11 +99,14 @@ pub fn mode_on_host(kind: FileKind, wanted: u32) -> u32 {
     (wanted & !SET_ID) | own
 }
 
+/// The mode without what runs a program as somebody else.
+pub fn without_privilege(mode: u32) -> u32 {
+    // Without the group's execute permission, set-group-id means mandatory locking, not a group.
+    let group = if mode & 0o010 == 0 { 0 } else { SET_GID };
+    mode & !(0o4000 | group)
+}
+
 fn set_for_real(path: &[u8], real: &Owner, wanted: &Owner) -> Result<()> {
-    let mode = wanted.mode & !SET_ID;
-    if mode != real.mode {
-        fs::chmod(path, Mode::from_raw_mode(mode))?;
-    }
     let uid = (wanted.uid != real.uid).then(|| Uid::from_raw(wanted.uid));
     let gid = (wanted.gid != real.gid).then(|| Gid::from_raw(wanted.gid));
     if uid.is_some() || gid.is_some() {

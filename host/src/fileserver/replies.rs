@@ -16,16 +16,20 @@ const KEPT: usize = 4096;
 pub enum Admission {
     /// Do it.
     New,
-    /// It is being done; its answer will go to the newest stream too.
+    /// It is being done; whoever does it answers on this stream, too.
     Running,
     /// It was done; this frame was the answer.
     Done(Arc<Vec<u8>>),
+    /// It is of a mount that is no more.
+    Over,
 }
 
 /// The memory of one mount.
 #[derive(Debug, Default)]
 pub struct Replies {
-    running: HashMap<u64, bool>,
+    epoch: u64,
+    /// Each with the stream that asked for it again, if one did.
+    running: HashMap<u64, Option<u64>>,
     done: HashMap<u64, Arc<Vec<u8>>>,
     order: VecDeque<u64>,
 }
@@ -57,26 +61,39 @@ impl Replies {
         }
     }
 
-    /// Asks about a request, and notes that it runs when it is new.
-    pub fn admit(&mut self, unique: u64) -> Admission {
+    /// Which mount this is the memory of.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Asks about a request of a mount that came by the stream with this number (they
+    /// count up), and notes that it runs when it is new.
+    pub fn admit(&mut self, epoch: u64, unique: u64, stream: u64) -> Admission {
+        if epoch != self.epoch {
+            return Admission::Over;
+        }
         if let Some(frame) = self.done.get(&unique) {
             return Admission::Done(Arc::clone(frame));
         }
         match self.running.get_mut(&unique) {
             Some(again) => {
-                *again = true;
+                // A thread of an older stream may be late.
+                *again = (*again).max(Some(stream));
                 Admission::Running
             }
             None => {
-                self.running.insert(unique, false);
+                self.running.insert(unique, None);
                 Admission::New
             }
         }
     }
 
-    /// Notes an answer; true when it was asked for again meanwhile.
-    pub fn finish(&mut self, unique: u64, frame: &Arc<Vec<u8>>) -> bool {
-        let again = self.running.remove(&unique).unwrap_or(false);
+    /// Notes an answer; the stream by which it was asked for again meanwhile.
+    pub fn finish(&mut self, epoch: u64, unique: u64, frame: &Arc<Vec<u8>>) -> Option<u64> {
+        if epoch != self.epoch {
+            return None;
+        }
+        let again = self.running.remove(&unique).flatten();
         self.done.insert(unique, Arc::clone(frame));
         self.order.push_back(unique);
         if self.order.len() > KEPT
@@ -87,9 +104,9 @@ impl Replies {
         again
     }
 
-    /// Forgets all: another mount counts anew.
-    pub fn clear(&mut self) {
-        *self = Self::default();
+    /// Forgets all: another mount counts anew, and what runs for the one before says nothing to it.
+    pub fn next_epoch(&mut self) {
+        *self = Self { epoch: self.epoch + 1, ..Self::default() };
     }
 }
 
@@ -100,13 +117,28 @@ mod tests {
     #[test]
     fn a_request_is_done_once() {
         let mut replies = Replies::default();
-        assert_eq!(replies.admit(7), Admission::New);
-        assert_eq!(replies.admit(7), Admission::Running);
         let frame = Arc::new(vec![1]);
-        assert!(replies.finish(7, &frame));
-        assert_eq!(replies.admit(7), Admission::Done(frame));
-        replies.clear();
-        assert_eq!(replies.admit(7), Admission::New);
+        assert_eq!(replies.admit(0, 7, 1), Admission::New);
+        assert_eq!(replies.admit(0, 7, 3), Admission::Running);
+        assert_eq!(replies.admit(0, 7, 2), Admission::Running);
+        assert_eq!(replies.finish(0, 7, &frame), Some(3));
+        assert_eq!(replies.admit(0, 7, 1), Admission::Done(frame));
+    }
+
+    #[test]
+    fn another_mount_learns_nothing_of_the_one_before() {
+        let mut replies = Replies::default();
+        let frame = Arc::new(vec![1]);
+        assert_eq!(replies.admit(0, 7, 1), Admission::New);
+        assert_eq!(replies.admit(0, 8, 1), Admission::New);
+        assert_eq!(replies.finish(0, 8, &frame), None);
+        replies.next_epoch();
+        let now = replies.epoch();
+        // Seven still runs for the old mount; its answer is none to the new one's seven.
+        assert_eq!(replies.finish(0, 7, &frame), None);
+        assert_eq!(replies.admit(now, 7, 1), Admission::New);
+        assert_eq!(replies.admit(now, 8, 1), Admission::New);
+        assert_eq!(replies.admit(0, 9, 1), Admission::Over);
     }
 
     #[test]
@@ -114,8 +146,8 @@ mod tests {
         let mut replies = Replies::default();
         let frame = Arc::new(Vec::new());
         for unique in 0..10_000 {
-            assert_eq!(replies.admit(unique), Admission::New);
-            assert!(!replies.finish(unique, &frame));
+            assert_eq!(replies.admit(0, unique, 1), Admission::New);
+            assert_eq!(replies.finish(0, unique, &frame), None);
         }
         assert_eq!(replies.done.len(), KEPT);
         assert_eq!(replies.order.len(), KEPT);

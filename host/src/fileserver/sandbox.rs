@@ -131,8 +131,22 @@ fn restrict_files(root: BorrowedFd<'_>, read_only: bool) -> Result<RulesetStatus
 }
 
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-    let rules: BTreeMap<i64, _> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    let rules: BTreeMap<i64, _> =
+        REFUSED.iter().copied().chain(x32_calls()).map(|call| (call, Vec::new())).collect();
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let eperm = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     SeccompFilter::new(rules, SeccompAction::Allow, eperm, arch)?.try_into()
+}
+
+/// The same calls by the x32 interface, which x86-64 kernels can have: its numbers have a bit more, and
+/// some calls (execve, ptrace, kexec_load …) have numbers of their own from 512 on.
+#[cfg(target_arch = "x86_64")]
+fn x32_calls() -> impl Iterator<Item = libc::c_long> {
+    const BIT: libc::c_long = 0x4000_0000;
+    REFUSED.iter().copied().chain(512..=547).map(|call| call | BIT)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn x32_calls() -> impl Iterator<Item = libc::c_long> {
+    std::iter::empty()
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 
@@ -38,13 +39,25 @@ struct Shared {
 #[derive(Default)]
 struct Mount {
     id: Option<[u8; 16]>,
+    /// Streams that were attached; the newest one's number.
+    streams: u64,
     stream: Weak<Stream>,
+}
+
+/// What a stream is to its mount.
+#[derive(Debug, Clone, Copy)]
+struct Attachment {
+    /// The mount, as [`Replies`] knows it.
+    epoch: u64,
+    /// Which of its streams.
+    number: u64,
 }
 
 /// One stream of a mount.
 struct Stream {
     fd: OwnedFd,
-    reader: Mutex<BufReader<File>>,
+    /// `None` after the end or what is no frame: nothing that follows can be trusted to be one.
+    reader: Mutex<Option<BufReader<File>>>,
     writer: Mutex<()>,
 }
 
@@ -78,7 +91,7 @@ impl Server {
     pub fn serve(&self, fd: OwnedFd) -> std::io::Result<Session> {
         rustix::io::ioctl_fionbio(&fd, false)?;
         let reader = BufReader::with_capacity(READ_AHEAD, File::from(fd.try_clone()?));
-        let stream = Arc::new(Stream { fd, reader: Mutex::new(reader), writer: Mutex::new(()) });
+        let stream = Arc::new(Stream { fd, reader: Mutex::new(Some(reader)), writer: Mutex::new(()) });
         let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("session".to_owned()).spawn(move || {
             if let Err(error) = shared.session(&stream) {
@@ -97,62 +110,86 @@ impl Shared {
             stream.answer(first.unique, Err(Errno(libc::EPROTO)))?;
             return Ok(());
         };
-        let resumed = self.attach(mount, stream);
+        let (resumed, attachment) = self.attach(mount, stream);
         stream.answer(first.unique, Ok(FileAnswer::Attached { resumed }))?;
         thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| self.work(stream))).collect();
+            let threads: Vec<_> =
+                (0..THREADS).map(|_| scope.spawn(|| self.work(stream, attachment))).collect();
             threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
         })
     }
 
     /// Makes `stream` the mount's; true when the mount is the one of before.
-    fn attach(&self, id: [u8; 16], stream: &Arc<Stream>) -> bool {
+    fn attach(&self, id: [u8; 16], stream: &Arc<Stream>) -> (bool, Attachment) {
         let mut mount = self.mount.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(old) = mount.stream.upgrade() {
             old.end();
         }
         let resumed = mount.id == Some(id);
         if !resumed {
+            // Not while a request of the mount before notes what it found.
+            let _names = self.share.names_changing();
+            self.replies().next_epoch();
             self.share.nodes().clear();
-            self.replies().clear();
         }
-        *mount = Mount { id: Some(id), stream: Arc::downgrade(stream) };
-        resumed
+        *mount = Mount { id: Some(id), streams: mount.streams + 1, stream: Arc::downgrade(stream) };
+        (resumed, Attachment { epoch: self.replies().epoch(), number: mount.streams })
     }
 
-    fn work(&self, stream: &Arc<Stream>) -> Result<(), CodecError> {
-        let result = self.work_until_end(stream);
+    fn work(&self, stream: &Stream, at: Attachment) -> Result<(), CodecError> {
+        let result = self.work_until_end(stream, at);
         // The other threads must not wait for frames that nobody can answer.
         stream.end();
         result
     }
 
-    fn work_until_end(&self, stream: &Arc<Stream>) -> Result<(), CodecError> {
+    fn work_until_end(&self, stream: &Stream, at: Attachment) -> Result<(), CodecError> {
         while let Some(FileRequest { unique, op }) = stream.read()? {
             if !Replies::counts(&op) {
-                if let Some(result) = operations::handle(&self.share, op) {
-                    stream.answer(unique, result.map_err(errno))?;
+                if self.replies().epoch() != at.epoch {
+                    return Ok(());
+                }
+                if let Some(result) = self.handle(op) {
+                    stream.answer(unique, result)?;
                 }
                 continue;
             }
-            let admission = self.replies().admit(unique);
+            let admission = self.replies().admit(at.epoch, unique, at.number);
             match admission {
+                Admission::Over => return Ok(()),
                 Admission::Running => {}
                 Admission::Done(frame) => stream.send(&frame)?,
                 Admission::New => {
-                    let result = operations::handle(&self.share, op);
-                    let result = result.unwrap_or(Ok(FileAnswer::Done)).map_err(errno);
+                    let result = self.handle(op).unwrap_or(Ok(FileAnswer::Done));
                     let frame = Arc::new(codec::to_frame(&FileReply { unique, result }, FILE_LIMIT)?);
-                    let again = self.replies().finish(unique, &frame);
-                    let newest = self.mount.lock().unwrap_or_else(PoisonError::into_inner).stream.upgrade();
-                    if again && let Some(newest) = newest.filter(|newest| !Arc::ptr_eq(newest, stream)) {
-                        newest.send(&frame)?;
+                    let again = self.replies().finish(at.epoch, unique, &frame);
+                    if let Some(other) =
+                        again.filter(|other| *other != at.number).and_then(|n| self.stream(n))
+                    {
+                        other.send(&frame)?;
                     }
                     stream.send(&frame)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// The mount's newest stream, if it has this number; one that was replaced waits for nothing.
+    fn stream(&self, number: u64) -> Option<Arc<Stream>> {
+        let mount = self.mount.lock().unwrap_or_else(PoisonError::into_inner);
+        if mount.streams == number { mount.stream.upgrade() } else { None }
+    }
+
+    /// Does what is asked. A panic is a bug of ours that must not leave the guest waiting for ever.
+    fn handle(&self, op: FileOp) -> Option<Result<FileAnswer, Errno>> {
+        match catch_unwind(AssertUnwindSafe(|| operations::handle(&self.share, op))) {
+            Ok(result) => result.map(|result| result.map_err(errno)),
+            Err(_) => {
+                tracing::error!("a file operation panicked; the guest is told EIO");
+                Some(Err(Errno(libc::EIO)))
+            }
+        }
     }
 
     fn replies(&self) -> MutexGuard<'_, Replies> {
@@ -162,7 +199,17 @@ impl Shared {
 
 impl Stream {
     fn read(&self) -> Result<Option<FileRequest>, CodecError> {
-        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(reader) = turn.as_mut() else { return Ok(None) };
+        let frame = Self::read_frame(reader);
+        if !matches!(frame, Ok(Some(_))) {
+            *turn = None;
+        }
+        drop(turn);
+        frame?.map(|body| codec::from_bytes(&body)).transpose()
+    }
+
+    fn read_frame(reader: &mut BufReader<File>) -> Result<Option<Vec<u8>>, CodecError> {
         let mut header = [0; 4];
         let mut have = 0;
         while have < header.len() {
@@ -180,8 +227,7 @@ impl Stream {
             std::io::ErrorKind::UnexpectedEof => CodecError::Truncated,
             _ => CodecError::Io(error),
         })?;
-        drop(reader);
-        codec::from_bytes(&body).map(Some)
+        Ok(Some(body))
     }
 
     fn answer(&self, unique: u64, result: Result<FileAnswer, Errno>) -> Result<(), CodecError> {

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use dhow_protocol::files::{Attributes, Name, NodeId};
+use dhow_protocol::files::{Attributes, Name, NodeId, RestoredNode};
 use rustix::io::{Errno, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -32,10 +32,16 @@ pub struct Share {
 
 impl Share {
     /// Opens the folder and resolves the masks.
+    ///
+    /// EPERM for a folder that is or lies in one of Dhow's own.
     pub fn open(path: &Path, read_only: bool, masked: &[PathBuf]) -> Result<Self> {
         let root = Arc::new(host_fs::open_root(path)?);
         let identity = host_fs::status_of(root.as_fd())?.identity;
-        let nodes = Nodes::new(Arc::clone(&root), identity, fd_budget());
+        let random = getrandom::u64().map_err(|_| Errno::IO)?;
+        let nodes = Nodes::new(Arc::clone(&root), identity, fd_budget(), random);
+        if Masks::cover(path, masked) {
+            return Err(Errno::PERM);
+        }
         let masks = Masks::new(path, masked);
         Ok(Self { root, nodes: Mutex::new(nodes), names: RwLock::new(()), masks, read_only })
     }
@@ -92,7 +98,8 @@ impl Share {
             }
         };
         let status = host_fs::status(&spot).map_err(stale)?;
-        check(&status, &identity)?;
+        let (Spot::Fd(near) | Spot::Named(near, _)) = &spot;
+        self.check(&status, &identity, near.as_fd())?;
         Ok((spot, status))
     }
 
@@ -118,31 +125,71 @@ impl Share {
         }
     }
 
-    /// Opens a name `O_PATH`, and lets cached folders go when fds have run out.
-    pub fn open_path(&self, folder: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd> {
-        match host_fs::open_path(folder, name.as_bytes()) {
+    /// Opens something; once more, without the cached folders, when fds have run out.
+    pub fn opening<T>(&self, open: impl Fn() -> Result<T>) -> Result<T> {
+        match open() {
             Err(Errno::MFILE | Errno::NFILE) => {
                 self.nodes().drop_cache();
-                host_fs::open_path(folder, name.as_bytes())
+                open()
             }
             other => other,
         }
     }
 
+    /// Opens a name `O_PATH`.
+    pub fn open_path(&self, folder: BorrowedFd<'_>, name: &Name) -> Result<OwnedFd> {
+        self.opening(|| host_fs::open_path(folder, name.as_bytes()))
+    }
+
     /// Looks a name up in an open folder; the guest gets one reference.
     pub fn enter(&self, parent: NodeId, folder: &Arc<OwnedFd>, name: &Name) -> Result<Attributes> {
-        let above = self.nodes().identity(parent)?;
-        if self.masks.hide(&above, name, None) {
-            return Err(Errno::NOENT);
-        }
-        let status = host_fs::status_at(folder.as_fd(), name.as_bytes())?;
-        if self.masks.hide(&above, name, Some(&status.identity)) {
-            return Err(Errno::NOENT);
-        }
+        let status = self.look(parent, folder.as_fd(), name)?;
         let spot = Spot::Named(Arc::clone(folder), name.clone());
         let owner = ownership::of(&spot, &status);
         let id = self.nodes().enter(parent, name, &status.identity);
         Ok(attributes(id, &status, owner))
+    }
+
+    /// Gives a node of an earlier server its place again; ESTALE when it is not there.
+    pub fn restore(&self, restored: &RestoredNode) -> Result<()> {
+        let RestoredNode { folder: parent, name, node, references } = restored;
+        let folder = self.folder(*parent)?;
+        let status = self.look(*parent, folder.as_fd(), name)?;
+        match self.nodes().restore(*parent, name, &status.identity, (*node, *references)) {
+            true => Ok(()),
+            false => Err(Errno::STALE),
+        }
+    }
+
+    /// The status of a name, ENOENT when it is masked.
+    fn look(&self, parent: NodeId, folder: BorrowedFd<'_>, name: &Name) -> Result<Status> {
+        let above = self.nodes().identity(parent)?;
+        if self.masks.hide(&above, name, None) {
+            return Err(Errno::NOENT);
+        }
+        let status = host_fs::status_at(folder, name.as_bytes())?;
+        if self.masks.hide(&above, name, Some(&status.identity)) {
+            return Err(Errno::NOENT);
+        }
+        let known = self.nodes().known(&status.identity);
+        if known.is_some_and(|known| known.differs_in_birth(&status.identity))
+            && host_fs::births_change(folder)
+        {
+            self.nodes().reborn(&status.identity);
+        }
+        Ok(status)
+    }
+
+    /// ESTALE when it is not who it must be; `near` is on the same file system.
+    fn check(&self, status: &Status, identity: &Identity, near: BorrowedFd<'_>) -> Result<()> {
+        if status.identity == *identity {
+            return Ok(());
+        }
+        if status.identity.differs_in_birth(identity) && host_fs::births_change(near) {
+            self.nodes().reborn(&status.identity);
+            return Ok(());
+        }
+        Err(Errno::STALE)
     }
 
     fn open_checked(
@@ -153,7 +200,7 @@ impl Share {
     ) -> Result<(OwnedFd, Status)> {
         let fd = self.open_path(folder, name).map_err(stale)?;
         let status = host_fs::status_of(fd.as_fd())?;
-        check(&status, identity)?;
+        self.check(&status, identity, fd.as_fd())?;
         Ok((fd, status))
     }
 }
@@ -174,10 +221,6 @@ pub fn attributes(id: NodeId, status: &Status, owner: ownership::Owner) -> Attri
         gid: owner.gid,
         block_size: status.block_size,
     }
-}
-
-fn check(status: &Status, identity: &Identity) -> Result<()> {
-    if status.identity == *identity { Ok(()) } else { Err(Errno::STALE) }
 }
 
 /// A known node that is not where it was: somebody on the host moved or removed it. ESTALE makes the

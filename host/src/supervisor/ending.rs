@@ -13,7 +13,7 @@ pub fn end_file(paths: &Paths) -> PathBuf {
 pub fn note(paths: &Paths, reason: Option<&str>) {
     let file = end_file(paths);
     let noted = match reason {
-        Some(reason) => std::fs::write(&file, reason),
+        Some(reason) => crate::files::replace(&file, reason.as_bytes()),
         None => std::fs::remove_file(&file),
     };
     match noted {

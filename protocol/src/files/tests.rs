@@ -17,6 +17,8 @@ fn golden_bytes() {
         [6, 5, 251, 44, 1, 1, 252, 0, 0, 16, 0]
     );
     assert_eq!(request(0, FileOp::Forget(vec![(NodeId(2), 3)])), [0, 18, 1, 2, 3]);
+    let restored = RestoredNode { folder: NodeId::ROOT, name: name("ab"), node: NodeId(300), references: 2 };
+    assert_eq!(request(1, FileOp::Restore(vec![restored])), [1, 19, 1, 1, 2, b'a', b'b', 251, 44, 1, 2]);
     let write = FileOp::Write { node: NodeId(2), offset: 0, data: vec![7, 8] };
     assert_eq!(request(9, write), [9, 6, 2, 0, 2, 7, 8]);
     let reply = FileReply { unique: 5, result: Err(Errno(2)) };
@@ -48,9 +50,18 @@ fn a_target_is_not_empty_and_has_no_nul() {
 }
 
 #[test]
-fn the_largest_read_and_write_fit_a_frame() {
+fn the_largest_requests_and_answers_fit_a_frame() {
     let op = FileOp::Write { node: NodeId(u64::MAX), offset: u64::MAX, data: vec![1; MAX_IO] };
     assert!(to_frame(&FileRequest { unique: u64::MAX, op }, FILE_LIMIT).is_ok());
+    let node = RestoredNode {
+        folder: NodeId(u64::MAX),
+        name: Name::new([b'x'; 255]).unwrap(),
+        node: NodeId(u64::MAX),
+        references: u64::MAX,
+    };
+    let op = FileOp::Restore(vec![node; MAX_RESTORED]);
+    let frame = to_frame(&FileRequest { unique: u64::MAX, op }, FILE_LIMIT).unwrap();
+    assert!(from_bytes::<FileRequest>(&frame[4..]).is_ok());
     let result = Ok(FileAnswer::Data(vec![1; MAX_IO]));
     assert!(to_frame(&FileReply { unique: u64::MAX, result }, FILE_LIMIT).is_ok());
 }
@@ -66,6 +77,11 @@ fn any_target() -> impl Strategy<Value = LinkTarget> + Clone {
 
 fn any_node() -> impl Strategy<Value = NodeId> + Clone {
     any::<u64>().prop_map(NodeId)
+}
+
+fn any_restored() -> impl Strategy<Value = RestoredNode> {
+    (any_node(), any_name(), any_node(), any::<u64>())
+        .prop_map(|(folder, name, node, references)| RestoredNode { folder, name, node, references })
 }
 
 fn any_time() -> impl Strategy<Value = Time> + Clone {
@@ -159,6 +175,7 @@ fn any_op() -> impl Strategy<Value = FileOp> {
         (any_node(), any::<bool>()).prop_map(|(node, data_only)| FileOp::Sync { node, data_only }),
         any_node().prop_map(FileOp::StatFs),
         proptest::collection::vec((any_node(), any::<u64>()), 0..20).prop_map(FileOp::Forget),
+        proptest::collection::vec(any_restored(), 0..20).prop_map(FileOp::Restore),
     ]
 }
 

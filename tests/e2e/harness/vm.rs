@@ -239,13 +239,13 @@ impl Vm {
         self.json(&["status", "--json"])
     }
 
-    /// The JSON of a command.
+    /// The JSON of a command, whose exit status may say more.
     ///
     /// # Panics
-    /// When it fails or is no JSON.
+    /// When it is no JSON.
     pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
-        let text = self.dhow(arguments).ok();
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {text}"))
+        let output = self.dhow(arguments).run();
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output}"))
     }
 
     /// Puts the guest tool at [`TOOL`].

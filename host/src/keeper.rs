@@ -123,6 +123,15 @@ pub fn spawn(profile: &ProfileName, paths: &Paths, adopt_only: bool) -> Result<(
     let mut command = Command::new(own_program().map_err(KeeperError::Spawn)?);
     command.arg("keeper").arg(profile.as_str()).args(adopt_only.then_some(ADOPT_ONLY)).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    for (name, value) in std::env::vars_os() {
+        if name.to_str().is_none() || value.to_str().is_none() {
+            // What is passed on from there is text.
+            command.env_remove(name);
+        } else if name == "DHOW_HOME" && !value.is_empty() {
+            // The keeper works in /, where a relative path would lead elsewhere.
+            command.env(name, std::path::absolute(value).map_err(KeeperError::Spawn)?);
+        }
+    }
     // SAFETY: setsid is async-signal-safe; a new session keeps the terminal's signals away.
     unsafe {
         command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?));

@@ -26,12 +26,13 @@ use super::text::chain;
 const START_PATIENCE: Duration = Duration::from_secs(150);
 /// How long a runtime may take to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
-/// How long all may take together: the host waits 60 s for the whole of the power-off.
-const STOP_ALL_PATIENCE: Duration = Duration::from_secs(35);
+/// How long all may take together before what is left is killed: the host waits 60 s for the whole of
+/// the power-off, in which PID 1 has its part.
+const STOP_ALL_PATIENCE: Duration = Duration::from_secs(25);
 /// How long containers have that their daemon did not end.
 const GRACE: Duration = Duration::from_secs(10);
 /// Bound of [`Engine::stop_all`] whatever happens.
-const STOP_ALL_BOUND: Duration = Duration::from_secs(50);
+const STOP_ALL_BOUND: Duration = Duration::from_secs(35);
 
 /// A bundle whose daemons run, or have been stopped.
 struct Runtime {

@@ -111,7 +111,7 @@ impl Runtimes {
     }
 
     /// Stops all daemons, in the reverse order of their start; containers end with them. Bundles are
-    /// no longer mounted then. It takes 50 s at the most.
+    /// no longer mounted then. It takes 35 s at the most.
     pub async fn stop_all(&self) {
         self.engine.stop_all().await;
     }

@@ -24,7 +24,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -38,6 +38,7 @@ use tokio::sync::broadcast;
 use tokio_vsock::VsockListener;
 
 use crate::dns::Dns;
+use crate::init::{self, held};
 use crate::mounts::Mounts;
 use crate::ports::Ports;
 use crate::runtimes::{self, Runtimes};
@@ -46,8 +47,6 @@ use crate::runtimes::{self, Runtimes};
 const BOOT_LIMIT: u64 = 1 << 20;
 /// Events that a slow host may be behind.
 const EVENTS: usize = 256;
-/// Receive buffer of a stream, in bytes: what the host may send ahead of its reader.
-const WINDOW: u64 = 1 << 20;
 
 /// Why the worker cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +70,7 @@ enum ServeError {
 
 /// Serves the host's streams until PID 1 ends it.
 pub fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(false).init();
+    init::exempt_from_oom();
     let served = dhow_parent::inherited_fds().map_err(ServeError::from).and_then(|inherited| {
         // One thread: the work is moving bytes, and a second one would only contend with dockerd.
         tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(inherited))
@@ -79,7 +78,12 @@ pub fn main() -> ExitCode {
     match served {
         Ok(never) => match never {},
         Err(error) => {
-            tracing::error!(error = chain(&error), "the worker ends");
+            if tracing::dispatcher::has_been_set() {
+                tracing::error!(error = chain(&error), "the worker ends");
+            } else {
+                // It did not come as far as its log: PID 1's console, or whoever started it by hand.
+                eprintln!("dhow-agent: {}", chain(&error));
+            }
             ExitCode::FAILURE
         }
     }
@@ -88,8 +92,9 @@ pub fn main() -> ExitCode {
 async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::Infallible, ServeError> {
     let (link, Restored { mut fds, children, mut exits, first: _ }) = ParentLink::connect(&mut inherited)?;
     let mut take = |name| fds.remove(name).ok_or(ServeError::Missing(name));
-    let (listener, boot, secret) = (take("listener")?, take("boot")?, take("secret")?);
+    let (listener, boot, secret) = (take(held::LISTENER)?, take(held::BOOT)?, take(held::SECRET)?);
     let boot = read_boot(&boot)?;
+    init::log::to_file(&boot.log_filter);
     let secret = read_secret(&secret)?;
     let (events, _) = broadcast::channel(EVENTS);
 
@@ -128,9 +133,6 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         environment: boot.environment,
     });
 
-    if let Err(error) = enlarge(&listener) {
-        tracing::warn!(%error, "streams keep the kernel's small receive buffers");
-    }
     let accepting = accept::run(
         VsockListener::from(listener),
         secret,
@@ -185,25 +187,6 @@ fn read_at_start(fd: &OwnedFd, bytes: &mut [u8]) -> io::Result<()> {
             Ok(length) => have += length,
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Accepted streams inherit the listener's buffer sizes. The maximum goes first: it bounds the size.
-fn enlarge(listener: &OwnedFd) -> io::Result<()> {
-    /// `SO_VM_SOCKETS_BUFFER_SIZE` and `SO_VM_SOCKETS_BUFFER_MAX_SIZE` (linux/vm_sockets.h).
-    const SIZE: i32 = 0;
-    const MAX_SIZE: i32 = 2;
-    for option in [MAX_SIZE, SIZE] {
-        let window = WINDOW;
-        let size = size_of_val(&window) as libc::socklen_t;
-        // SAFETY: both options take a u64 (same header), which `window` is, and `size` is its size.
-        let set = unsafe {
-            libc::setsockopt(listener.as_raw_fd(), libc::AF_VSOCK, option, (&raw const window).cast(), size)
-        };
-        if set != 0 {
-            return Err(io::Error::last_os_error());
         }
     }
     Ok(())

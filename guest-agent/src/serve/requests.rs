@@ -17,8 +17,8 @@ use crate::runtimes::Runtimes;
 
 /// How long the answer to a power-off may take on its way.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
-/// How long the daemons may take to stop.
-const STOP_DEADLINE: Duration = Duration::from_secs(20);
+/// How long the daemons may take to stop; they keep to a bound of their own below it.
+const STOP_DEADLINE: Duration = Duration::from_secs(40);
 /// How long the shares may take to be unmounted.
 const UNMOUNT_DEADLINE: Duration = Duration::from_secs(5);
 

@@ -27,7 +27,7 @@ pub struct Args {
     /// Remove the data disk, too: images, volumes, the guest's home [default: keep it]
     #[arg(short, long)]
     data: bool,
-    /// Do not ask; a profile that is not there is no error then
+    /// Do not ask; a profile that is not there is no error then [default: ask]
     #[arg(short, long)]
     force: bool,
 }

@@ -27,7 +27,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = HELP)]
 pub struct Args {
-    /// Accepted for docker's habits: standard input is always passed on
+    /// Accepted for docker's habits: standard input is passed on anyhow [default: it is]
     #[arg(short, long, conflicts_with = "no_stdin")]
     interactive: bool,
     /// Give the command no standard input; in loops that read their own [default: pass it on]

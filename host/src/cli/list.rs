@@ -117,7 +117,8 @@ impl Entry {
             or_dash(self.memory_mib.map(mib)),
             or_dash(self.disk_gib.map(|gib| mib(gib << 10))),
             self.docker_context.clone(),
-            self.problem.clone().unwrap_or_default(),
+            // The rest is in `dhow status`.
+            self.problem.as_deref().and_then(|problem| problem.lines().next()).unwrap_or_default().to_owned(),
         ]
     }
 }

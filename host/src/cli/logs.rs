@@ -23,8 +23,8 @@ const DAEMONS: [&str; 2] = ["dockerd", "containerd"];
 
 const HELP: &str = "\
 Sources in the VM, while it runs: agent, kernel, dockerd, containerd. Sources on the host, also of a VM
-that has ended: console (the guest's serial console), keeper (with the supervisor), qemu, passt,
-vsock-device, file-server-N. Without a source the ones that are there are listed.
+that has ended: console (the guest's serial console), keeper (and supervisor, which is the same), qemu,
+passt, vsock-device, file-server-N. Without a source the ones that are there are listed.
 
 On a terminal control characters are written out; into a file or a pipe goes what was logged.
 
@@ -61,7 +61,9 @@ pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
         guest(paths, source, args.lines, args.follow, &mut out).await?;
         return Ok(0);
     }
-    let file = host_files(paths)?.into_iter().find(|(known, _)| *known == name);
+    // Both write to what the keeper was started with.
+    let file_name = if name == "supervisor" { "keeper" } else { &name };
+    let file = host_files(paths)?.into_iter().find(|(known, _)| known == file_name);
     match file {
         Some((_, path)) => host(&path, args.lines, args.follow, &mut out).await?,
         None => return Err(unknown(&name, paths)?),
@@ -140,7 +142,8 @@ async fn guest(
         Ok(_) => return Err(CommandError::Kind),
         Err(error @ CommandError::NotRunning(_)) => {
             let problem = error.to_string();
-            let hint = "its last words are in `dhow logs console`; `dhow logs` lists what there is";
+            let start = super::errors::invocation(paths.profile());
+            let hint = format!("`{start} start` starts it; `{start} logs console` has its last words");
             return Err(CommandError::other(problem, hint));
         }
         Err(error) => return Err(error),

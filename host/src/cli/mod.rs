@@ -168,3 +168,28 @@ fn report(error: &CommandError) {
         output::say(&format!("hint: {}", output::escape_lines(&hint)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound_and_every_option_says_its_default() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        let mut count = 0;
+        let own = command.get_arguments();
+        for argument in command
+            .get_subcommands()
+            .filter(|sub| !sub.is_hide_set())
+            .flat_map(|sub| sub.get_arguments())
+            .chain(own)
+        {
+            let Some(long) = argument.get_long() else { continue };
+            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("[default: "), "--{long}: {help}");
+            count += 1;
+        }
+        assert!(count > 20, "{count}");
+    }
+}

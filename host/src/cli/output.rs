@@ -93,11 +93,17 @@ pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     align(&lines)
 }
 
-/// Names and values, one pair a line, aligned; values are escaped.
+/// Names and values, aligned; values are escaped. A value of several lines stays in its column, so
+/// that none of them looks like another name.
 #[must_use]
 pub fn pairs(pairs: &[(&str, String)]) -> String {
-    let lines: Vec<Vec<String>> =
-        pairs.iter().map(|(name, value)| vec![(*name).to_owned(), escape(value)]).collect();
+    let mut lines: Vec<Vec<String>> = Vec::new();
+    for (name, value) in pairs {
+        for (number, line) in value.lines().enumerate() {
+            let name = if number == 0 { *name } else { "" };
+            lines.push(vec![name.to_owned(), escape(line)]);
+        }
+    }
     align(&lines)
 }
 
@@ -171,6 +177,8 @@ mod tests {
         let rows = vec![vec!["é".to_owned(), "x\ny".to_owned()], vec!["long".to_owned(), String::new()]];
         assert_eq!(table(&["A", "B"], &rows), "A     B\né     x\\ny\nlong\n");
         assert_eq!(pairs(&[("a", "1".to_owned()), ("long", "2".to_owned())]), "a     1\nlong  2\n");
+        let several = [("a", "1\n2\u{7}".to_owned()), ("b", "3".to_owned())];
+        assert_eq!(pairs(&several), "a  1\n   2\\u{7}\nb  3\n");
     }
 
     #[test]

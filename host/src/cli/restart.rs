@@ -8,7 +8,7 @@ use crate::config::{Overrides, Paths, save};
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "Examples:\n  dhow restart\n  dhow restart --force     where the guest hangs")]
 pub struct Args {
-    /// Do not wait for the guest to stop: as a power cut
+    /// Do not wait for the guest to stop: as a power cut [default: wait]
     #[arg(short, long)]
     force: bool,
 }

@@ -51,7 +51,7 @@ pub struct Args {
     /// They replace those of the profile [default: as in the profile, at first your home]
     #[arg(long, value_name = "PATH[:ro]")]
     mount: Vec<String>,
-    /// Share no folder
+    /// Share no folder [default: as in the profile]
     #[arg(long, conflicts_with = "mount")]
     no_mounts: bool,
     /// Folder of the system image [default: as in the profile, else the newest one installed]
@@ -61,7 +61,7 @@ pub struct Args {
     /// [default: as in the profile, at first auto]
     #[arg(long, value_name = "KIND", hide_default_value = true)]
     accel: Option<Acceleration>,
-    /// Leave docker's current context as it is
+    /// Leave docker's current context as it is [default: as in the profile]
     #[arg(long)]
     no_activate: bool,
     /// Make `dhow` docker's current context, and restore the one before at stop
@@ -124,9 +124,55 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
     let display = Display::new();
     let begun = tokio::time::Instant::now();
     let deadline = begun + STOP_DEADLINE;
-    let mut ours = false;
-    let mut told_to_wait = false;
-    let mut connection = loop {
+    loop {
+        let (mut connection, ours) = match reach(paths, profile, deadline, &mut signals, &display).await? {
+            Reached::Running(report) => return already_running(&report, profile, changed),
+            Reached::Starting { connection, ours } => (connection, ours),
+        };
+        if changed && !ours {
+            display.notice("the VM was being started already; new settings hold after `dhow restart`");
+        }
+        let followed = tokio::select! {
+            followed = follow(&mut connection, paths, &display) => followed,
+            signal = signals.next() => {
+                drop(display);
+                return interrupted(connection, paths, ours, signal).await;
+            }
+        };
+        match followed {
+            Ok(()) => break,
+            // Another command's start failed before this one could follow it.
+            Err(CommandError::Gone) if !ours && tokio::time::Instant::now() < deadline => {}
+            Err(error) => return Err(error),
+        }
+    }
+    drop(display);
+    print(&what_next(paths, profile, begun.elapsed()))?;
+    Ok(0)
+}
+
+/// What there is, after a keeper was started where there was none.
+enum Reached {
+    /// Nothing is left to do.
+    Running(Box<StatusReport>),
+    /// A start to follow.
+    Starting {
+        /// Nothing was asked on it yet.
+        connection: Connection,
+        /// This command has begun it.
+        ours: bool,
+    },
+}
+
+async fn reach(
+    paths: &Paths,
+    profile: &Profile,
+    deadline: tokio::time::Instant,
+    signals: &mut Signals,
+    display: &Display,
+) -> Result<Reached, CommandError> {
+    let (mut ours, mut told_to_wait) = (false, false);
+    loop {
         let Some(connection) = client::connect(paths).await? else {
             Image::find(profile.image.as_deref(), &paths.images_dir())?;
             match spawn_keeper(paths).await {
@@ -138,25 +184,30 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
             }
             continue;
         };
-        let ending = match client::status(paths).await {
+        match client::status(paths).await {
             Ok(Some((report, _))) => match report.state {
-                VmState::Running | VmState::Degraded => return already_running(&report, profile, changed),
-                VmState::Starting => break connection,
-                VmState::Stopping | VmState::Stopped => connection.keeper(),
+                VmState::Running | VmState::Degraded => return Ok(Reached::Running(Box::new(report))),
+                VmState::Starting => return Ok(Reached::Starting { connection, ours }),
+                VmState::Stopping | VmState::Stopped => {}
             },
-            // It has ended just now.
-            Ok(None) => continue,
-            Err(CommandError::Gone) => connection.keeper(),
+            Ok(None) | Err(CommandError::Gone) => {}
             Err(error) => return Err(error),
-        };
+        }
+        // It is ending, or has ended just now.
+        ours = false;
+        let keeper = connection.keeper();
+        drop(connection);
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        // One that has only to exit is not worth a word.
+        if keeper_ended(paths, keeper, LOOK).await {
+            continue;
+        }
         if !told_to_wait {
             told_to_wait = true;
             display.notice("the VM is being stopped; starting again when it is down");
         }
-        drop(connection);
-        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         tokio::select! {
-            ended = keeper_ended(paths, ending, left) => if !ended {
+            ended = keeper_ended(paths, keeper, left) => if !ended {
                 return Err(CommandError::other(
                     format!("the VM is still being stopped after {} s", STOP_DEADLINE.as_secs()),
                     format!("`{} stop --force` ends it", invocation(paths.profile())),
@@ -164,28 +215,12 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
             },
             signal = signals.next() => return Err(CommandError::Interrupted(signal)),
         }
-        // A socket that is gone while its keeper exits.
-        tokio::time::sleep(LOOK).await;
-    };
-    if changed && !ours {
-        display.notice("the VM was being started already; new settings hold after `dhow restart`");
     }
-    connection.send(&ApiRequest::WatchStart).await?;
-    let followed = tokio::select! {
-        followed = follow(&mut connection, paths, &display) => followed,
-        signal = signals.next() => {
-            drop(display);
-            return interrupted(connection, paths, ours, signal).await;
-        }
-    };
-    followed?;
-    drop(display);
-    print(&what_next(paths, profile, begun.elapsed()))?;
-    Ok(0)
 }
 
 /// Shows progress until docker answers.
 async fn follow(connection: &mut Connection, paths: &Paths, display: &Display) -> Result<(), CommandError> {
+    connection.send(&ApiRequest::WatchStart).await?;
     loop {
         match connection.next(paths).await? {
             ApiReply::Progress(progress) => display.show(&progress),

@@ -30,6 +30,7 @@ Examples:
 #[command(after_long_help = EXAMPLES)]
 pub struct Args {
     /// End it at once, as a power cut would: what containers have not yet written is lost
+    /// [default: wait for the guest]
     #[arg(short, long)]
     force: bool,
 }

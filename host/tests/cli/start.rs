@@ -93,6 +93,19 @@ fn a_real_start_without_qemu_fails_clearly_and_leaves_nothing() {
 }
 
 #[test]
+fn odd_variables_and_a_relative_home_reach_the_keeper() {
+    use std::os::unix::ffi::OsStrExt;
+    let bench = Bench::new();
+    let (path, image) = (only(&bench, None), image(&bench));
+    let mut command = start(&bench, &image, &path);
+    command.current_dir(bench.dhow_home().parent().unwrap()).env("DHOW_HOME", "dhow");
+    command.env("ODD", std::ffi::OsStr::from_bytes(b"\xff")).env(std::ffi::OsStr::from_bytes(b"\xff"), "odd");
+    let outcome = Running::spawn(&mut command).finish();
+    outcome.expect_error("QEMU (qemu-system-x86_64) cannot be run", "install QEMU");
+    nothing_is_left(&bench);
+}
+
+#[test]
 fn two_starts_at_a_time_are_one() {
     let bench = Bench::new();
     let (path, image) = (only(&bench, Some(SLOW)), image(&bench));
@@ -156,13 +169,14 @@ fn a_start_waits_for_a_stop_that_is_under_way() {
     let mut fake = Fake::new(&bench, |_, peer| {
         peer.reply(&ApiReply::Status(Box::new(report(VmState::Stopping))));
     });
-    let running = Running::spawn(&mut start(&bench, &image, &path));
-    wait_until("the start has asked", || (!fake.requests().is_empty()).then_some(()));
+    let mut command = start(&bench, &image, &path);
+    let mut running = command.spawn().unwrap();
+    let mut stderr = running.stderr.take().unwrap();
+    read_until(&mut stderr, "notice: the VM is being stopped; starting again when it is down\n");
     fake.end();
-    let outcome = running.finish();
-    // It has gone on to start a keeper of its own.
-    outcome.expect_error("QEMU (qemu-system-x86_64) cannot be run", "install QEMU");
-    assert!(outcome.stderr.contains("notice: the VM is being stopped"), "{outcome:#?}");
+    // It goes on to start a keeper of its own.
+    read_until(&mut stderr, "dhow: QEMU (qemu-system-x86_64) cannot be run");
+    assert_eq!(running.wait().unwrap().code(), Some(1));
     nothing_is_left(&bench);
 }
 

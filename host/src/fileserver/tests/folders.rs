@@ -111,7 +111,7 @@ fn a_flood_of_forgets_harms_the_guest_alone() {
     let host = Host::new(folder.path());
     let mut guest = host.guest();
     let file = guest.walk("f").unwrap();
-    let flood: Vec<_> = (0..30_000).map(|number| (NodeId(number), u64::MAX)).collect();
+    let flood: Vec<_> = (0..30_000).map(|number| (NodeId(1 << 60 | number), u64::MAX)).collect();
     for _ in 0..20 {
         guest.stream.send(0, FileOp::Forget(flood.clone()));
     }

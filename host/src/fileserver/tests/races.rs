@@ -81,15 +81,14 @@ fn a_folder_that_flips_to_a_symlink_never_leads_outside() {
 #[test]
 fn a_file_that_flips_to_a_symlink_or_a_fifo_is_read_or_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let share = folder.path().join("share");
-    fs::create_dir(&share).unwrap();
     fs::write(folder.path().join("outside"), b"secret").unwrap();
-    fs::write(share.join("f"), b"inside").unwrap();
-    symlink("../outside", share.join("l")).unwrap();
-    rustix::fs::mkfifoat(CWD, share.join("fifo"), 0o600.into()).unwrap();
-    let host = Host::new(&share);
-    let mut guest = host.guest();
     for other in ["l", "fifo"] {
+        let share = folder.path().join(format!("share-{other}"));
+        fs::create_dir(&share).unwrap();
+        fs::write(share.join("f"), b"inside").unwrap();
+        symlink("../outside", share.join("l")).unwrap();
+        rustix::fs::mkfifoat(CWD, share.join("fifo"), 0o600.into()).unwrap();
+        let mut guest = Host::new(&share).guest();
         let (mut read, mut round) = (0, 0);
         while_swapping(&share.join("f"), &share.join(other), || {
             until(|| {

@@ -138,29 +138,3 @@ fn a_request_restores_a_bounded_number() {
     guest.done(FileOp::Restore(nodes)).unwrap();
     assert_eq!(guest.read(file, 0, 1).unwrap(), b"f");
 }
-
-/// Ids that do not derive from inodes are never given out by two servers for two files.
-#[test]
-fn counted_ids_of_two_servers_differ() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("f");
-    let counted = |guest: &mut Guest| {
-        // While a node is known, another file with its inode number gets a counted id.
-        for _ in 0..10_000 {
-            fs::remove_file(&path).unwrap();
-            fs::write(&path, b"x").unwrap();
-            let node = guest.walk("f").unwrap();
-            if node.0 >> 63 == 1 {
-                return node;
-            }
-        }
-        panic!("this file system does not use an inode number again");
-    };
-    fs::write(&path, b"x").unwrap();
-    let first = counted(&mut Host::new(folder.path()).guest());
-    let second = counted(&mut Host::new(folder.path()).guest());
-    assert_ne!(first, second);
-    let (_host, mut guest) = restarted(folder.path());
-    guest.done(FileOp::Restore(vec![restored(NodeId::ROOT, "f", second, 1)])).unwrap();
-    assert_eq!(guest.attributes(second), Err(libc::ESTALE));
-}

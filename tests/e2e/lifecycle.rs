@@ -9,7 +9,7 @@ cases![Shared: a_start_is_idempotent, a_second_profile_beside;
 
 fn a_start_is_idempotent(vm: &Vm) {
     let before: Vec<_> = vm.processes().into_iter().map(|process| process.pid).collect();
-    vm.start_command(&[]).run().exits(0).says("already running");
+    vm.start_command(&[]).run().exits(0).says("running already");
     let after: Vec<_> = vm.processes().into_iter().map(|process| process.pid).collect();
     assert_eq!(before, after);
 }
@@ -67,7 +67,7 @@ fn from_the_first_start_to_the_last_deletion() {
     vm.dhow(&["stop"]).run().exits(0);
 
     let again = vm.start(&[]);
-    assert!(!again.all().contains("already running"));
+    assert!(!again.all().contains("running already"));
     assert_kept(&vm);
     assert_eq!(vm.docker(&["volume", "ls", "-q"]).ok(), "volume");
 

@@ -18,7 +18,7 @@ fn sh(script: &str) -> Cmd {
 fn failure_of(case: impl FnOnce() + std::panic::UnwindSafe) -> String {
     drop(report::failure());
     assert!(catch_unwind(case).is_err(), "it was expected to fail");
-    report::failure()
+    report::failure().words
 }
 
 fn deadlines_end_a_command_with_its_children() {

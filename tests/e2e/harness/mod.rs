@@ -55,7 +55,7 @@ macro_rules! cases {
 pub(crate) use cases;
 
 impl Case {
-    /// Runs it; a failure has its words and the logs of the VMs that lived then.
+    /// Runs it. A failure is told whole at once, with the logs of the VMs that lived then.
     ///
     /// # Errors
     /// When it failed.
@@ -78,10 +78,11 @@ impl Case {
         }
         result.map_err(|_| {
             let failure = report::failure();
+            eprintln!("\n---- {} ----\n{}{}", self.name, failure.words, failure.logs);
             if matches!(self.body, Body::Shared(_)) {
                 shared::mend();
             }
-            Failed::from(failure)
+            Failed::from(failure.words)
         })
     }
 }

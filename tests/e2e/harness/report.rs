@@ -17,13 +17,22 @@ struct Watched {
 }
 
 static WATCHED: Mutex<Vec<Watched>> = Mutex::new(Vec::new());
-/// What the case at hand has to say of its failure.
-static FAILURE: Mutex<String> = Mutex::new(String::new());
+/// What the case at hand has to say of its failure: its words, and the logs.
+static FAILURE: Mutex<Failure> = Mutex::new(Failure { words: String::new(), logs: String::new() });
 /// What went wrong beside the cases; the suite fails for it.
 static FAULTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a case failed.
+#[derive(Debug, Default)]
+pub struct Failure {
+    /// Its own words.
+    pub words: String,
+    /// The ends of the logs, as they were then.
+    pub logs: String,
 }
 
 /// From now on failures tell the logs of `home`, and what `guest_log` returns.
@@ -48,7 +57,7 @@ pub fn faults() -> Vec<String> {
 }
 
 /// What the last failed case said; see [`install`].
-pub fn failure() -> String {
+pub fn failure() -> Failure {
     std::mem::take(&mut lock(&FAILURE))
 }
 
@@ -61,16 +70,15 @@ pub fn install() {
 fn note(info: &PanicHookInfo<'_>) {
     let message = info.payload_as_str().unwrap_or("a panic without words");
     let place = info.location().map(|place| format!(" ({}:{})", place.file(), place.line()));
-    let mut text = format!("{message}{}\n", place.unwrap_or_default());
+    let words = format!("{message}{}\n", place.unwrap_or_default());
     let main = std::thread::current().name() == Some("main");
-    if main {
-        text.push_str(&logs());
-    }
+    let logs = if main { logs() } else { String::new() };
     let mut failure = lock(&FAILURE);
-    if !failure.is_empty() && main {
-        text.push_str("before that: ");
+    if !failure.words.is_empty() && main {
+        failure.words.insert_str(0, "before that: ");
     }
-    failure.insert_str(0, &text);
+    failure.words.insert_str(0, &words);
+    failure.logs.push_str(&logs);
 }
 
 /// The logs of every VM that lives.

@@ -60,6 +60,7 @@ pub fn stop() {
     let vm = SHARED.lock().unwrap_or_else(PoisonError::into_inner).vm.take();
     let Some(vm) = vm else { return };
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vm.stop())).is_err() {
-        report::fault(format!("the shared VM did not stop well: {}", report::failure()));
+        let failure = report::failure();
+        report::fault(format!("the shared VM did not stop well: {}{}", failure.words, failure.logs));
     }
 }

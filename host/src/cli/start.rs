@@ -121,7 +121,7 @@ fn check_image(folder: &Path) -> Result<(), CommandError> {
 pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result<u8, CommandError> {
     // From here on Ctrl-C stops the start rather than this command alone.
     let mut signals = Signals::listen(&[libc::SIGINT, libc::SIGTERM])?;
-    let display = Display::new();
+    let mut display = Display::new();
     let begun = tokio::time::Instant::now();
     let deadline = begun + STOP_DEADLINE;
     loop {
@@ -133,7 +133,7 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
             display.notice("the VM was being started already; new settings hold after `dhow restart`");
         }
         let followed = tokio::select! {
-            followed = follow(&mut connection, paths, &display) => followed,
+            followed = follow(&mut connection, paths, &mut display) => followed,
             signal = signals.next() => {
                 drop(display);
                 return interrupted(connection, paths, ours, signal).await;
@@ -219,7 +219,11 @@ async fn reach(
 }
 
 /// Shows progress until docker answers.
-async fn follow(connection: &mut Connection, paths: &Paths, display: &Display) -> Result<(), CommandError> {
+async fn follow(
+    connection: &mut Connection,
+    paths: &Paths,
+    display: &mut Display,
+) -> Result<(), CommandError> {
     connection.send(&ApiRequest::WatchStart).await?;
     loop {
         match connection.next(paths).await? {

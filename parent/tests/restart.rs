@@ -51,7 +51,13 @@ fn fds_and_children_outlive_a_killed_worker() {
 #[test]
 fn a_worker_that_keeps_dying_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(parent("worker_that_dies", dir.path(), 3).run(), Outcome::GaveUp);
+    let mut parent = parent("worker_that_dies", dir.path(), 3);
+    assert_eq!(parent.run(), Outcome::GaveUp);
+    assert_eq!(std::fs::read_to_string(dir.path().join("starts")).unwrap().len(), 4);
+    assert_eq!(parent.rest(Duration::from_millis(20)), None);
+    // To this thread, which the parent has block it.
+    nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(parent.rest(Duration::from_secs(600)), Some(Outcome::ShutDown));
     assert_eq!(std::fs::read_to_string(dir.path().join("starts")).unwrap().len(), 4);
 }
 

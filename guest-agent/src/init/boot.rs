@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Write;
+use std::io;
 use std::time::{Duration, Instant};
 
 use dhow_parent::{Limits, Parent, WorkerCommand};
@@ -28,9 +29,8 @@ struct Steps {
 
 impl Steps {
     fn take<T>(&mut self, name: &'static str, step: impl FnOnce() -> T) -> T {
-        let begin = Instant::now();
-        let result = step();
-        self.done.push((name, begin.elapsed()));
+        let (result, time) = timed(step);
+        self.done.push((name, time));
         result
     }
 
@@ -50,35 +50,50 @@ impl Steps {
     }
 }
 
+fn timed<T>(step: impl FnOnce() -> T) -> (T, Duration) {
+    let begin = Instant::now();
+    (step(), begin.elapsed())
+}
+
 /// Brings the system up, as far as the worker can be started.
 ///
 /// # Errors
 /// The step that failed; the guest is of no use then.
 pub(crate) fn boot() -> Result<Parent, InitError> {
     let mut steps = Steps { begin: Instant::now(), done: Vec::new() };
-    steps.take("filesystems", filesystems::mount_early)?;
+    let missing = steps.take("filesystems", filesystems::mount_all)?;
     settings::unlimited_kmsg();
     filesystems::redirect_stdio()?;
     let left_out = steps.take("modules", modules::insert_all)?;
     let firmware = steps.take("firmware", firmware::read)?;
     log::to_file(&firmware.config.log_filter);
     super::power_off_on_panic();
+    for error in missing {
+        tracing::info!(error = super::error::chain(&error), "this kernel lacks a filesystem");
+    }
     for (module, error) in left_out {
         tracing::info!(%error, module = %module.display(), "a kernel module was left out");
     }
     firmware::close();
     settings::set_clock(&firmware.config);
     steps.take("root", root::switch)?;
-    steps.take("more filesystems", filesystems::mount_late)?;
-    steps.take("settings", || {
-        settings::apply();
-        settings::control_groups()
+    // The disk is mostly waited for: meanwhile the rest is done.
+    let data_disk = std::thread::scope(|scope| {
+        let data_disk = std::thread::Builder::new()
+            .spawn_scoped(scope, || timed(data::mount_disk))
+            .map_err(|error| InitError::System("start a thread", error))?;
+        steps.take("settings", || {
+            settings::apply();
+            settings::control_groups()
+        })?;
+        steps.take("network", || {
+            network::configure(&firmware.config);
+            network::set_names(&firmware.config)
+        })?;
+        data_disk.join().map_err(|_| InitError::System("wait for a thread", io::ErrorKind::Other.into()))
     })?;
-    steps.take("network", || {
-        network::configure(&firmware.config);
-        network::set_names(&firmware.config)
-    })?;
-    steps.take("data disk", data::mount_disk)?;
+    steps.done.push(("data disk", data_disk.1));
+    data_disk.0?;
     filesystems::share_root()?;
     let listener = steps.take("listener", listener::open)?;
     let mut parent = Parent::new(worker(), Limits::default(), true)

@@ -21,7 +21,7 @@ pub(crate) fn error(text: &str) {
         };
         if written.is_err() {
             // Nothing is left to tell it to.
-            let _ = writeln!(io::stderr(), "{}", record.trim_start_matches("<3>"));
+            let _ = write!(io::stderr(), "{}", record.trim_start_matches("<3>"));
         }
     }
 }
@@ -33,7 +33,7 @@ fn records(text: &str) -> Vec<String> {
         let mut record = PREFIX.to_owned();
         for char in line.chars() {
             if record.len() > RECORD_LIMIT {
-                records.push(std::mem::replace(&mut record, PREFIX.to_owned()));
+                records.push(std::mem::replace(&mut record, PREFIX.to_owned()) + "\n");
             }
             if char.is_control() {
                 record.extend(char.escape_default());
@@ -41,6 +41,8 @@ fn records(text: &str) -> Vec<String> {
                 record.push(char);
             }
         }
+        // Without it the kernel waits for the line's end, and shows the record with the next one.
+        record.push('\n');
         records.push(record);
     }
     records
@@ -67,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_record_a_line_without_control_characters() {
-        assert_eq!(records("one\n\ntwo\x1b[2J\r"), ["<3>dhow: one", "<3>dhow: two\\u{1b}[2J\\r"]);
+        assert_eq!(records("one\n\ntwo\x1b[2J\r"), ["<3>dhow: one\n", "<3>dhow: two\\u{1b}[2J\\r\n"]);
     }
 
     #[test]
@@ -75,7 +77,8 @@ mod tests {
         let line = "ä\u{7}".repeat(2000);
         let records = records(&line);
         assert!(records.iter().all(|record| record.len() < 1024), "{records:?}");
-        let joined: String = records.iter().map(|record| record.strip_prefix(PREFIX).unwrap()).collect();
+        let joined: String =
+            records.iter().map(|record| record.strip_prefix(PREFIX).unwrap().trim_end()).collect();
         assert_eq!(joined, "ä\\u{7}".repeat(2000));
     }
 }

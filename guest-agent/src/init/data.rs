@@ -6,10 +6,12 @@
 //! can look. One that cannot be mounted at all ends the boot.
 
 use std::fs::{DirBuilder, File};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use dhow_protocol::boot::DATA_DISK_SERIAL;
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
 use super::console;
@@ -74,6 +76,8 @@ fn format(disk: &Path, size: u64) -> Result<(), InitError> {
     let mut arguments = vec!["-q", "-F", "-m", "0", "-L", DATA_DISK_SERIAL];
     // The disk reads as zeros where nothing was written: no discards, no zeroing of inode tables,
     // neither now nor by a kernel thread later.
+    // The block size as `disk` assumes it, for small disks too.
+    arguments.extend(["-b", "4096"]);
     arguments.extend(["-E", "nodiscard,assume_storage_prezeroed=1"]);
     if size >= LIMIT_JOURNAL_FROM {
         arguments.extend(["-J", "size=128"]);
@@ -122,6 +126,11 @@ fn check(disk: &Path) -> Result<(), InitError> {
 
 fn mount_at(disk: &Path, flags: MsFlags, options: &str) -> Result<(), InitError> {
     mount(Some(disk), DATA, Some("ext4"), flags, Some(options))
+        .map_err(|error| match error {
+            // musl has no words for it.
+            Errno::EUCLEAN => io::Error::other("its structure is damaged (EUCLEAN)"),
+            other => other.into(),
+        })
         .map_err(InitError::at("mount the data disk", disk))
 }
 
@@ -139,7 +148,7 @@ fn bind_folders(writable: bool) -> Result<(), InitError> {
     for (name, mode, place) in FOLDERS {
         let folder = Path::new(DATA).join(name);
         match DirBuilder::new().mode(mode).create(&folder) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(_) if !writable => continue,
             made => made.map_err(InitError::at("make the folder", &folder))?,
         }

@@ -37,7 +37,8 @@ pub(crate) enum InitError {
     /// The data disk's first block is zeros, but it has been a filesystem.
     #[error(
         "the first block of the data disk {} is gone, but a backup of it is there; it was left as it is. \
-         Repair the profile's disk file on the host with `e2fsck -b 32768 -B 4096`", .0.display()
+         Repair the profile's disk file on the host with `e2fsck -b 32768 -B 4096`, then with `e2fsck -f`",
+        .0.display()
     )]
     LostSuperblock(PathBuf),
     /// The data disk can be mounted neither way.

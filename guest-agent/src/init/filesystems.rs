@@ -19,6 +19,7 @@ const PLAIN: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags
 /// `/run` has the agent's own program.
 const RUN: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 const DEV: MsFlags = MsFlags::MS_NOSUID;
+const SHM: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 const PTS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC);
 
 const fn filesystem(
@@ -30,25 +31,26 @@ const fn filesystem(
     Filesystem { kind, target, flags, data }
 }
 
-/// Before anything else, in the initramfs; they are moved to the system's root later.
-const EARLY: [Filesystem; 4] = [
+/// They are moved to the system's root when it is there, with what is mounted below them.
+const TREES: [Filesystem; 4] = [
     filesystem("proc", "/proc", PLAIN, ""),
     filesystem("sysfs", "/sys", PLAIN, ""),
     filesystem("devtmpfs", "/dev", DEV, "mode=0755"),
     filesystem("tmpfs", "/run", RUN, "mode=0755,size=25%"),
 ];
 
-/// Once the root is there. No debugfs and no securityfs: nothing of Dhow needs them, and with
-/// securityfs dockerd would ask for AppArmor's tools.
-const LATE: [Filesystem; 4] = [
+/// No debugfs and no securityfs: nothing of Dhow needs them, and with securityfs dockerd would ask
+/// for AppArmor's tools.
+const BELOW: [Filesystem; 4] = [
     // gid 5 is `tty` (Debian's base-passwd).
     filesystem("devpts", "/dev/pts", PTS, "gid=5,mode=0620,ptmxmode=0666"),
-    filesystem("tmpfs", "/dev/shm", PLAIN.difference(MsFlags::MS_NOEXEC), "mode=1777"),
+    filesystem("tmpfs", "/dev/shm", SHM, "mode=1777"),
     filesystem("cgroup2", "/sys/fs/cgroup", PLAIN, "nsdelegate,memory_recursiveprot"),
     filesystem("tracefs", "/sys/kernel/tracing", PLAIN, "mode=0700"),
 ];
 
-/// Where the kernel may lack them.
+/// Where the kernel may lack them. They are mounted before there is a modprobe, since the kernel
+/// runs it for bpf even where bpf is built in, and that takes longer than all other mounts.
 const OPTIONAL: [Filesystem; 2] =
     [filesystem("bpf", "/sys/fs/bpf", PLAIN, "mode=0700"), filesystem("mqueue", "/dev/mqueue", PLAIN, "")];
 
@@ -60,34 +62,21 @@ const DEV_LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// The targets of the first four, in the order of their move.
-pub(crate) fn early_targets() -> impl Iterator<Item = &'static str> {
-    EARLY.iter().map(|filesystem| filesystem.target)
+/// Where the trees are that the new root takes over.
+pub(crate) fn trees() -> impl Iterator<Item = &'static str> {
+    TREES.iter().map(|filesystem| filesystem.target)
 }
 
-/// Mounts `/proc`, `/sys`, `/dev` and `/run`.
-///
-/// # Errors
-/// When one cannot be mounted.
-pub(crate) fn mount_early() -> Result<(), InitError> {
-    EARLY.iter().try_for_each(Filesystem::mount)
-}
-
-/// Mounts the rest; those that a kernel may lack are only logged.
+/// Mounts all of them in the initramfs; returns why those are missing that a kernel may lack.
 ///
 /// # Errors
 /// When one that is needed cannot be mounted.
-pub(crate) fn mount_late() -> Result<(), InitError> {
-    LATE.iter().try_for_each(Filesystem::mount)?;
-    for filesystem in &OPTIONAL {
-        if let Err(error) = filesystem.mount() {
-            tracing::info!(error = super::error::chain(&error), "left out");
-        }
-    }
+pub(crate) fn mount_all() -> Result<Vec<InitError>, InitError> {
+    TREES.iter().chain(&BELOW).try_for_each(Filesystem::mount)?;
     for (to, link) in DEV_LINKS {
         symlink(to, link).map_err(InitError::at("link", link))?;
     }
-    Ok(())
+    Ok(OPTIONAL.iter().filter_map(|filesystem| filesystem.mount().err()).collect())
 }
 
 /// Mounts below `/` are seen by containers that ask for it (`rshared`), as with systemd.
@@ -126,7 +115,6 @@ impl Filesystem {
 pub(crate) fn make_folder(path: &Path) -> Result<(), InitError> {
     match std::fs::create_dir(path) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            // sysfs has the mount points that the kernel provides; others cannot be made there.
             Err(InitError::at("make the folder", path)(error))
         }
         _ => Ok(()),

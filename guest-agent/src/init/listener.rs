@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use dhow_protocol::AGENT_PORT;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, bind, socket};
 
 use super::error::InitError;
 
@@ -34,8 +34,8 @@ pub(crate) fn open() -> Result<OwnedFd, InitError> {
     }
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT))
         .map_err(|error| InitError::Listener("bind", error.into()))?;
-    let backlog = Backlog::new(BACKLOG).map_err(|error| InitError::Listener("listen on", error.into()))?;
-    listen(&listener, backlog).map_err(|error| InitError::Listener("listen on", error.into()))?;
+    rustix::net::listen(&listener, BACKLOG)
+        .map_err(|error| InitError::Listener("listen on", error.into()))?;
     Ok(listener)
 }
 

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
-use tracing::Level;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::writer::MakeWriterExt;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
 
 use super::console::{self, Console};
 
@@ -32,12 +32,17 @@ static SINK: LazyLock<Sink> = LazyLock::new(|| Sink::new(Path::new(LOG_FILE), LI
 pub fn to_file(filter: &str) {
     let parsed = EnvFilter::try_new(filter);
     let problem = parsed.as_ref().err().map(ToString::to_string);
-    let writer = (|| &*SINK).and((|| Console).with_max_level(Level::ERROR));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(parsed.unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER)))
+    let file = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(|| &*SINK);
+    // The kernel puts the time before its lines, and "dhow" is there already.
+    let errors = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .with_writer(writer)
-        .finish();
+        .without_time()
+        .with_level(false)
+        .with_target(false)
+        .with_writer(|| Console)
+        .with_filter(LevelFilter::ERROR);
+    let file = file.with_filter(parsed.unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER)));
+    let subscriber = tracing_subscriber::registry().with(file).with(errors);
     if tracing::subscriber::set_global_default(subscriber).is_err() {
         console::error("the log was set up twice");
         return;

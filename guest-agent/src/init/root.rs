@@ -15,7 +15,7 @@ use nix::mount::{MsFlags, mount};
 
 use super::disk;
 use super::error::InitError;
-use super::filesystems::{early_targets, make_folder};
+use super::filesystems::{make_folder, trees};
 
 /// The agent's program, once the initramfs is gone. The worker is started from here.
 pub const AGENT_PATH: &str = "/run/dhow/dhow-agent";
@@ -49,7 +49,7 @@ pub(crate) fn switch() -> Result<(), InitError> {
     mount(overlay, NEW_ROOT, overlay, MsFlags::empty(), Some(layers.as_str()))
         .map_err(InitError::at("mount", NEW_ROOT))?;
     keep_agent()?;
-    for target in early_targets() {
+    for target in trees() {
         let new = format!("{NEW_ROOT}{target}");
         mount(Some(target), new.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>)
             .map_err(InitError::at("move a mount to", &new))?;

@@ -46,7 +46,7 @@ const OWN_CGROUP: &str = "/sys/fs/cgroup/dhow";
 /// Lets the console take what is said there: the kernel drops after ten lines in five seconds.
 pub(crate) fn unlimited_kmsg() {
     // Without it, at worst a line is missing.
-    let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on");
+    let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
 }
 
 /// Sets the kernel's settings and the limits that every process inherits. What this kernel does not

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use dhow_protocol::files::{Attributes, FileAnswer, FileKind, FolderEntry, NodeId, Space, Time};
+use dhow_protocol::files::{Attributes, FileAnswer, FileKind, NodeId, Space, Time};
 
+use super::listings::Waiting;
 use super::request::{Expect, Listing};
 use super::uapi::{self, Attr, ENTRY, Message, Valid};
 
@@ -58,14 +59,21 @@ pub fn entry(attributes: &Attributes) -> Result<Vec<u8>, i32> {
     Ok(to.0)
 }
 
-/// The body of a part of a folder: `.` and `..` at its start, then as many of `entries` as fit; and
-/// how many did. `parent` is the number that `..` shows.
+/// The body of a part of a folder: `.` and `..` at its start, then as many of `entries` as fit; how
+/// many did, and the kernel's position behind them. `parent` is the number that `..` shows, `age` how
+/// old the entries are.
 ///
 /// # Errors
 /// As [`entry`].
-pub fn entries(listing: &Listing, parent: NodeId, entries: &[FolderEntry]) -> Result<(Vec<u8>, usize), i32> {
+pub fn entries<'a>(
+    listing: &Listing,
+    parent: NodeId,
+    entries: impl IntoIterator<Item = &'a Waiting>,
+    age: Duration,
+) -> Result<(Vec<u8>, usize, u64), i32> {
     let room = usize::try_from(listing.size).unwrap_or(usize::MAX);
     let mut to = Message::default();
+    let mut offset = listing.offset;
     for (at, node, name) in [(BEHIND_DOT, listing.node, &b"."[..]), (BEHIND_DOT_DOT, parent, b"..")] {
         if listing.offset < at && to.0.len() + size(listing, name) <= room {
             if listing.plus {
@@ -73,23 +81,29 @@ pub fn entries(listing: &Listing, parent: NodeId, entries: &[FolderEntry]) -> Re
                 to.zeros(ENTRY);
             }
             uapi::put_dirent(&mut to, node.0, at, libc::S_IFDIR, name);
+            offset = at;
         }
     }
     let mut taken = 0;
-    for entry in entries {
+    for Waiting { entry, changed } in entries {
         let name = entry.name.as_bytes();
         if to.0.len() + size(listing, name) > room {
             break;
         }
         check(entry.attributes.node)?;
         let attr = attr(&entry.attributes);
-        if listing.plus {
-            uapi::put_entry(&mut to, &attr, valid(TTL));
+        match (listing.plus, changed) {
+            (true, true) => {
+                to.zeros(ENTRY);
+            }
+            (true, false) => uapi::put_entry(&mut to, &attr, valid(TTL.saturating_sub(age))),
+            (false, _) => {}
         }
         uapi::put_dirent(&mut to, attr.ino, entry.cookie, attr.mode, name);
+        offset = entry.cookie;
         taken += 1;
     }
-    Ok((to.0, taken))
+    Ok((to.0, taken, offset))
 }
 
 /// The errno for the kernel, which takes 1 to 511. ENOSYS would tell it never to ask again.
@@ -148,11 +162,12 @@ fn statfs(space: &Space) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
-    use dhow_protocol::files::Name;
+    use dhow_protocol::files::{FolderEntry, Name};
 
-    fn attributes(node: u64) -> Attributes {
+    /// Attributes of a file, some of them strange.
+    pub fn attributes(node: u64) -> Attributes {
         let time = Time { seconds: -1, nanos: 4_000_000_000 };
         Attributes {
             node: NodeId(node),
@@ -170,7 +185,8 @@ mod tests {
         }
     }
 
-    fn listed(name: &[u8], node: u64, cookie: u64) -> FolderEntry {
+    /// A name in a folder.
+    pub fn listed(name: &[u8], node: u64, cookie: u64) -> FolderEntry {
         FolderEntry { name: Name::new(name).unwrap(), cookie, attributes: attributes(node) }
     }
 
@@ -202,16 +218,19 @@ mod tests {
         assert_eq!(entry(&attributes(1)), Err(libc::EIO));
         assert_eq!(entry(&attributes(2)).map(|body| body.len()), Ok(ENTRY));
         let listing = Listing { node: NodeId(5), offset: 9, size: 4096, plus: true };
-        assert_eq!(entries(&listing, NodeId(4), &[listed(b"a", 0, 10)]), Err(libc::EIO));
+        let zero = Waiting { entry: listed(b"a", 0, 10), changed: false };
+        assert_eq!(entries(&listing, NodeId(4), [&zero], Duration::ZERO), Err(libc::EIO));
     }
 
     #[test]
     fn a_listing_begins_with_itself_and_stops_where_it_is_full() {
-        let names: Vec<_> = (0..100).map(|n| listed(b"name", 10 + n, 100 + n)).collect();
+        let waiting = |n: u64| Waiting { entry: listed(b"name", 10 + n, 100 + n), changed: n % 3 == 0 };
+        let names: Vec<_> = (0..100).map(waiting).collect();
         for plus in [false, true] {
             for offset in [0, 1, 2, 77] {
                 let listing = Listing { node: NodeId(5), offset, size: 4096, plus };
-                let (body, taken) = entries(&listing, NodeId(4), &names).unwrap();
+                let (body, taken, behind) = entries(&listing, NodeId(4), &names, TTL / 2).unwrap();
+                assert_eq!(behind, 99 + taken as u64);
                 let one = uapi::dirent_size(4) + if plus { ENTRY } else { 0 };
                 let dots = 2u64.saturating_sub(offset) as usize;
                 assert_eq!(

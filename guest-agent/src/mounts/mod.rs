@@ -31,6 +31,7 @@ mod answer;
 mod device;
 mod known;
 mod ledger;
+mod listings;
 mod mount_point;
 mod pump;
 mod request;

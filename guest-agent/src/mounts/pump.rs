@@ -52,8 +52,8 @@ pub async fn run(
     stream: &Stream,
     replies: &mut Replies,
 ) -> Result<Ended, StreamError> {
-    // Seldom used: forgotten references, and second looks. Sent by the one who sends all else, so that
-    // nobody waits for the stream while replies are to be read.
+    // Second looks, which are seldom. Sent by the one who sends all else, so that nobody waits for the
+    // stream while replies are to be read.
     let (more, also) = mpsc::unbounded_channel();
     tokio::select! {
         ended = requests(share, device, stream, also) => ended,
@@ -79,7 +79,7 @@ async fn requests(
                 let step = share.ledger().request(&buffer[..length]);
                 match step {
                     Step::Ask(request) => frames.extend(codec::to_frame(&request, FILE_LIMIT)?),
-                    Step::Tell(answer) => drop(device.answer(&answer)),
+                    Step::Tell(answer) => tell(share, device, answer),
                     Step::Init(unique, asked) => begin(share, device, unique, &asked),
                     Step::Nothing => tracing::warn!(length, "unreadable request of the kernel"),
                 }
@@ -94,6 +94,10 @@ async fn requests(
             Read::Nothing => {}
         }
         if frames.len() >= GATHER || (read == Read::Nothing && !frames.is_empty()) {
+            let owed = share.ledger().owed();
+            if let Some(owed) = owed {
+                frames.extend(codec::to_frame(&owed, FILE_LIMIT)?);
+            }
             stream.send(&frames).await?;
             frames.clear();
         }
@@ -109,17 +113,20 @@ async fn answers(
 ) -> Result<Ended, StreamError> {
     while let Some(reply) = replies.next(stream).await? {
         let next = share.ledger().reply(reply);
-        for step in next {
-            let ask = match step {
-                Next::Ask(request) => Some(request),
-                Next::Tell(answer) if device.answer(&answer) => None,
-                Next::Tell(answer) => share.ledger().not_taken(answer.given),
-            };
+        match next {
+            Some(Next::Tell(answer)) => tell(share, device, answer),
             // The receiver lives as long as this future.
-            ask.map(|request| more.send(request));
+            Some(Next::Ask(request)) => drop(more.send(request)),
+            None => {}
         }
     }
     Ok(Ended::Stream)
+}
+
+fn tell(share: &Share, device: &Device, answer: Answer) {
+    if !device.answer(&answer) {
+        share.ledger().not_taken(answer.given);
+    }
 }
 
 /// Answers INIT.
@@ -130,8 +137,8 @@ fn begin(share: &Share, device: &Device, unique: u64, asked: &InitIn) {
         _ => Some("the guest's kernel speaks another FUSE protocol"),
     };
     let flags = asked.flags & WANTED;
-    let (error, body) = match refusal {
-        Some(_) => (libc::EPROTO, Vec::new()),
+    let body = match refusal {
+        Some(_) => Err(libc::EPROTO),
         None => {
             let out = InitOut {
                 max_readahead: asked.max_readahead.max(MAX_READAHEAD),
@@ -141,10 +148,10 @@ fn begin(share: &Share, device: &Device, unique: u64, asked: &InitIn) {
                 max_write: MAX_IO as u32,
                 max_pages: (MAX_IO / 4096) as u16,
             };
-            (0, out.to_bytes())
+            Ok(out.to_bytes())
         }
     };
-    device.answer(&Answer { unique, error, body, given: Vec::new() });
+    device.answer(&Answer::new(unique, body));
     share.negotiated(match refusal {
         Some(refusal) => Err(refusal.to_owned()),
         None => Ok((asked.minor, flags)),

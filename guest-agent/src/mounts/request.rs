@@ -13,8 +13,8 @@ use dhow_protocol::files::{
 
 use super::uapi::{FSYNC_FDATASYNC, Fields, InHeader, InitIn, Short, fattr, opcode};
 
-/// Fewest bytes that a listed name takes in the kernel's buffer, with its attributes.
-const SMALLEST_ENTRY: u32 = 160;
+/// Names that are asked for at once; what the kernel has no room for waits (`listings.rs`).
+const LISTED_AT_ONCE: u32 = 512;
 
 /// What a request comes to.
 #[derive(Debug, PartialEq, Eq)]
@@ -214,7 +214,7 @@ fn parse(header: &InHeader, body: &[u8]) -> Result<Asked, Bad> {
             let op = FileOp::ReadFolder {
                 node,
                 cookie: super::answer::host_cookie(offset),
-                limit: (size / SMALLEST_ENTRY).max(1),
+                limit: LISTED_AT_ONCE,
             };
             Asked::Host(op, Expect::Entries(listing))
         }

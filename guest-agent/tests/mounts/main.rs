@@ -15,6 +15,7 @@
 mod breaks;
 mod content;
 mod harness;
+mod hostile;
 mod operations;
 
 #[test]

@@ -18,11 +18,16 @@ pub struct Hand {
 }
 
 impl Hand {
-    /// Attaches a stream of share 1. `resumed` is what the guest is told.
-    pub fn attach(world: &World, resumed: bool) -> Self {
+    /// A stream of share 1 that is not attached yet.
+    pub fn connect(world: &World) -> Self {
         let stream = world.connect_by_hand();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let mut hand = Self { stream, mount: [0; 16] };
+        Self { stream, mount: [0; 16] }
+    }
+
+    /// Attaches a stream of share 1. `resumed` is what the guest is told.
+    pub fn attach(world: &World, resumed: bool) -> Self {
+        let mut hand = Self::connect(world);
         let request = hand.next();
         let FileOp::Attach { mount } = request.op else { panic!("{request:?}") };
         hand.mount = mount;
@@ -50,6 +55,20 @@ impl Hand {
                     self.answer(request.unique, Ok(FileAnswer::Attributes(folder(node.0))));
                 }
                 _ => return request,
+            }
+        }
+    }
+
+    /// Reads on until the guest ends the stream.
+    pub fn until_ended(&mut self) {
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(_) => {}
+                // The guest had not read everything.
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return,
+                Err(error) => panic!("the guest does not end the stream: {error}"),
             }
         }
     }

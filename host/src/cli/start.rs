@@ -313,10 +313,11 @@ fn what_next(paths: &Paths, profile: &Profile, took: Duration) -> String {
     let socket = paths.docker_socket();
     let milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     let mut text = format!(
-        "Docker is up in profile {} after {} ({} CPUs, {} memory).\n",
+        "Docker is up in profile {} after {} ({} {}, {} memory).\n",
         profile.name,
         span(milliseconds),
         profile.cpus,
+        if profile.cpus == 1 { "CPU" } else { "CPUs" },
         mib(profile.memory_mib),
     );
     let run = "run --rm hello-world";

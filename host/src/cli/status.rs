@@ -212,7 +212,8 @@ impl Document {
             |free: Option<u64>| free.map(|free| format!(" ({} free)", bytes(free))).unwrap_or_default();
         let guest = self.guest.as_ref();
         format!(
-            "{cpus} CPUs, {} memory{}, {} disk{}",
+            "{cpus} {}, {} memory{}, {} disk{}",
+            if cpus == 1 { "CPU" } else { "CPUs" },
             mib(self.memory_mib.unwrap_or_default()),
             free(guest.map(|guest| guest.memory_available)),
             mib(self.disk_gib.unwrap_or_default() << 10),

@@ -86,7 +86,7 @@ pub async fn finish(
     tokio::select! {
         result = steps => result?,
         () = ended(&vm.qemu.pidfd) => {
-            let log = log_end(&vm.paths.log_dir().join("qemu.log"), 5);
+            let log = vm.qemu_log_end();
             let console = log_end(&console, CONSOLE_LINES);
             return Err(StartError::QemuEnded(format!("{log}{console}")));
         }

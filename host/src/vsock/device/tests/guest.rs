@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::backend::{Backend, REACTOR_EVENT};
 use super::super::control::{FromDevice, ToDevice};
 use super::super::control_socket;
-use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
+use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM};
 use super::super::queue::Memory;
 use super::super::reactor::Reactor;
 
@@ -247,6 +247,12 @@ impl Guest {
         self.step();
     }
 
+    /// Ends a stream as a program of the guest does that is done: `shutdown(SHUT_WR)`, then `close`.
+    pub fn finish(&mut self, stream: &Stream) {
+        self.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+        self.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    }
+
     /// Lets the device do one turn; takes what it gave.
     pub fn step(&mut self) {
         let vrings = self.vrings.clone();
@@ -309,7 +315,7 @@ impl Guest {
 
     /// Turns until `done` has something.
     pub fn until<T>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<T>) -> T {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(got) = done(self) {
                 return got;
@@ -359,7 +365,7 @@ impl Guest {
             id,
             guest_port: 1000,
             reply_len,
-            deadline_ms: 10_000,
+            deadline_ms: 600_000,
             preamble: preamble.to_vec(),
         };
         self.ask(open, None);

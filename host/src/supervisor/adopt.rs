@@ -164,6 +164,7 @@ impl Orphan {
             return start::bring_docker(vm, helpers, docker, restored).await;
         }
         vm.state.started();
+        vm.pass_over_qemu_log();
         let mut tasks = JoinSet::new();
         guest_setup::heal(&mut tasks, &vm, &mut helpers);
         guest_setup::resume(&mut tasks, &vm, &mut helpers, docker);

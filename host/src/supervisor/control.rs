@@ -80,7 +80,7 @@ impl Control {
         };
         match tokio::time::timeout(deadline + MARGIN, exchange).await {
             Ok(result) => result,
-            Err(_) => Err(RequestError::Deadline(deadline.as_secs())),
+            Err(_) => Err(RequestError::Deadline(seconds(deadline))),
         }
     }
 
@@ -88,6 +88,11 @@ impl Control {
         let mut writer = self.writer.lock().await;
         codec::write_frame(&mut *writer, message, CONTROL_LIMIT).await.map_err(RequestError::Send)
     }
+}
+
+/// A deadline in whole seconds, for a person.
+pub fn seconds(deadline: Duration) -> u64 {
+    (deadline + Duration::from_millis(500)).as_secs()
 }
 
 struct Entry<'a> {

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use super::control::{Control, RequestError};
+use super::control::{Control, RequestError, seconds};
 use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 
@@ -59,11 +59,11 @@ impl Opener {
     /// As [`OpenError`] says; the agent's refusal is [`HelloError::Refused`].
     pub async fn open(&self, header: &StreamHeader, deadline: Duration) -> Result<PendingStream, OpenError> {
         let end = Instant::now() + deadline;
+        let mut left = deadline;
         let mut device = self.device.clone();
         loop {
             let client = device.borrow_and_update().clone();
             if let Some(client) = client {
-                let left = end.saturating_duration_since(Instant::now());
                 match self.open_through(&client, header, left).await {
                     Err(OpenError::Transport(TransportError::DeviceGone)) => {}
                     result => return result,
@@ -72,6 +72,7 @@ impl Opener {
             if !matches!(timeout_at(end, device.changed()).await, Ok(Ok(()))) {
                 return Err(TransportError::DeviceGone.into());
             }
+            left = end.saturating_duration_since(Instant::now());
         }
     }
 
@@ -165,7 +166,7 @@ impl Guest {
         let current = match timeout_at(end, control.wait_for(Option::is_some)).await {
             Ok(Ok(current)) => current.clone(),
             Ok(Err(_)) => None,
-            Err(_) => return Err(RequestError::Deadline(deadline.as_secs())),
+            Err(_) => return Err(RequestError::Deadline(seconds(deadline))),
         };
         let current = current.ok_or(RequestError::Lost)?;
         current.request(request, end.saturating_duration_since(Instant::now())).await

@@ -134,7 +134,10 @@ async fn replace(vm: &Vm) -> Result<(SpawnedChild, DeviceClient), DeviceError> {
         connect(&vm.paths).map_err(DeviceError::Connect)
     };
     match plugged.await {
-        Ok(client) => Ok((child, client)),
+        Ok(client) => {
+            vm.pass_over_qemu_log();
+            Ok((child, client))
+        }
         Err(error) => {
             // The next attempt brings its own: one that QEMU does not know of would wait for ever.
             let killed = rustix::process::pidfd_send_signal(&child.pidfd, Signal::KILL);

@@ -281,16 +281,26 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
 }
 
+/// Length of a log in bytes; 0 where there is none.
+pub fn log_length(path: &Path) -> u64 {
+    path.metadata().map_or(0, |meta| meta.len())
+}
+
 /// The last `lines` lines of a log, on lines of their own, control characters escaped; empty where
 /// there is none.
 pub fn log_end(path: &Path, lines: usize) -> String {
+    log_end_after(path, 0, lines)
+}
+
+/// As [`log_end`], of what follows the first `skipped` bytes.
+pub fn log_end_after(path: &Path, skipped: u64, lines: usize) -> String {
     /// As many bytes as the lines at the end of a log can be expected to have.
     const WINDOW: u64 = 16 << 10;
     let read = || -> io::Result<Vec<u8>> {
         use std::io::{Read, Seek, SeekFrom};
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW)))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW).max(skipped)))?;
         let mut bytes = Vec::new();
         file.take(WINDOW).read_to_end(&mut bytes)?;
         Ok(bytes)

@@ -23,6 +23,8 @@ const DOCKER_SOCKET: &str = "/run/docker.sock";
 const REOPEN: Duration = Duration::from_millis(200);
 /// How often the guest is told the time; it slews in between.
 const CLOCK_PERIOD: Duration = Duration::from_secs(10);
+/// How soon a guest that was silent is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long the guest may take to answer that it lives.
 const PING_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -82,14 +84,18 @@ async fn tell_time(vm: Arc<Vm>) {
     loop {
         vm.guest.answers().await;
         let request = ControlRequest::SetClock { unix_nanos: unix_nanos() };
-        match vm.guest.request(request, PING_DEADLINE).await {
-            Ok(_) => vm.state.problem(TOPIC, None),
+        let pause = match vm.guest.request(request, PING_DEADLINE).await {
+            Ok(_) => {
+                vm.state.problem(TOPIC, None);
+                CLOCK_PERIOD
+            }
             Err(error) => {
                 vm.state.problem(TOPIC, Some(crate::errors::chain(&error)));
                 paused::go_on(&vm).await;
+                ASK_AGAIN
             }
-        }
-        tokio::time::sleep(CLOCK_PERIOD).await;
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use dhow_parent::SpawnedChild;
 use dhow_protocol::control::ControlRequest;
+use tokio::task::JoinSet;
 
 use super::processes::{QEMU_NAME, end, ended};
 use super::record::{Phase, Record};
@@ -34,16 +35,15 @@ pub async fn take_down(running: &mut Running, force: bool, state: &State) {
         state.notice(notice);
     }
     if !force {
-        state.step("stopping the VM", power_off(vm, state)).await;
+        state.step("stopping the VM", power_off(vm, tasks, state)).await;
     }
-    // Nothing is healed any more.
     tasks.shutdown().await;
     vm.forwards.clear();
     state.set_guest(None);
     end_all(&vm.paths, &[], state).await;
 }
 
-async fn power_off(vm: &Vm, state: &State) {
+async fn power_off(vm: &Vm, tasks: &mut JoinSet<()>, state: &State) {
     let asking = vm.guest.request(ControlRequest::PowerOff, REQUEST_DEADLINE);
     let answer = tokio::select! {
         answer = asking => answer,
@@ -54,6 +54,8 @@ async fn power_off(vm: &Vm, state: &State) {
         state.notice(format!("the guest did not take the stop ({error}); ending it"));
         return;
     }
+    // What ends from here on is not to be brought back. Streams that are open go on in their processes.
+    tasks.shutdown().await;
     if tokio::time::timeout(POWER_OFF_DEADLINE, ended(&vm.qemu.pidfd)).await.is_err() {
         state.notice(format!(
             "the guest did not power off within {} s; ending it",

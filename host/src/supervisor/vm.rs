@@ -1,6 +1,8 @@
 //! What a running VM is to its supervisor, however it came to it: started or adopted.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dhow_parent::{Exit, ParentLink, SpawnedChild};
 use dhow_protocol::hello::Secret;
@@ -10,7 +12,7 @@ use tokio::task::JoinSet;
 use super::control::Control;
 use super::guest::{Guest, Opener};
 use super::ledger::Ledger;
-use super::processes::{Processes, QEMU_NAME, ended, log_end};
+use super::processes::{Processes, QEMU_NAME, ended, log_end_after, log_length};
 use super::state::State;
 use crate::config::Paths;
 use crate::forward::Forwards;
@@ -39,6 +41,8 @@ pub struct Vm {
     pub device: watch::Sender<Option<DeviceClient>>,
     /// The current control stream.
     pub control: watch::Sender<Option<Arc<Control>>>,
+    /// Bytes of QEMU's log that say nothing of how it ends.
+    log_noted: AtomicU64,
 }
 
 /// What a VM is made of.
@@ -66,7 +70,22 @@ impl Vm {
         let (device, devices) = watch::channel(None);
         let (control, controls) = watch::channel(None);
         let guest = Guest::new(Opener::new(devices, secret), controls);
-        Arc::new(Self { link, paths, state, ledger, qemu, guest, forwards, device, control })
+        let log_noted = AtomicU64::new(0);
+        Arc::new(Self { link, paths, state, ledger, qemu, guest, forwards, device, control, log_noted })
+    }
+
+    fn qemu_log(&self) -> PathBuf {
+        self.paths.log_dir().join("qemu.log")
+    }
+
+    /// What QEMU has said until now is no reason of a later end: complaints of a dead device.
+    pub fn pass_over_qemu_log(&self) {
+        self.log_noted.store(log_length(&self.qemu_log()), Ordering::Relaxed);
+    }
+
+    /// The end of QEMU's log, where that may be a reason.
+    pub fn qemu_log_end(&self) -> String {
+        log_end_after(&self.qemu_log(), self.log_noted.load(Ordering::Relaxed), 5)
     }
 
     /// Starts further processes of it.
@@ -99,8 +118,7 @@ impl Running {
             None
         };
         let status = tokio::time::timeout(STATUS_DEADLINE, told).await.ok().flatten();
-        let log = log_end(&self.vm.paths.log_dir().join("qemu.log"), 5);
-        format!("{}{log}", sentence(status))
+        format!("{}{}", sentence(status), self.vm.qemu_log_end())
     }
 }
 

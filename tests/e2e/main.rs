@@ -20,8 +20,9 @@ mod unprivileged;
 
 use std::process::ExitCode;
 
-use harness::{Body, Case, process, report, shared, vm};
+use harness::{Body, Case, report, shared, vm};
 use libtest_mimic::{Arguments, Trial};
+use nix::sys::signal::{SigSet, Signal};
 
 /// All cases: those of the shared VM first, so that it is started once.
 fn cases() -> Vec<Case> {
@@ -42,7 +43,22 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// Whoever ends the suite in its middle ends its VMs, too.
+fn clean_up_on_signals() {
+    let mut signals = SigSet::empty();
+    signals.extend([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    // Of this thread and all that it starts; commands begin with none blocked.
+    signals.thread_block().expect("blocked signals");
+    std::thread::spawn(move || {
+        let signal = signals.wait().expect("a signal");
+        eprintln!("ended by {signal}; ending what runs");
+        drop(vm::clean_up());
+        std::process::exit(128 + signal as i32);
+    });
+}
+
 fn main() -> ExitCode {
+    clean_up_on_signals();
     let mut arguments = Arguments::from_args();
     // One after another: they share a VM, and a machine.
     arguments.test_threads = Some(1);
@@ -59,11 +75,10 @@ fn main() -> ExitCode {
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     shared::stop();
-    let left = process::end_all(vm::run_folder());
+    let left = vm::clean_up();
     if !left.is_empty() {
         report::fault(format!("left running at the end: {left:?}"));
     }
-    vm::remove_run_folder();
     let faults = report::faults();
     for fault in &faults {
         eprintln!("the suite fails: {fault}");

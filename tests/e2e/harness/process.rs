@@ -77,7 +77,8 @@ pub fn end_all(home: &Path) -> Vec<Process> {
                 ended.push(process.clone());
             }
         }
-        left.is_empty()
+        // One that is just ending has no command line any more, and still holds its locks.
+        left.is_empty() && !ended.iter().any(|process| is_alive(process.pid))
     });
     ended
 }

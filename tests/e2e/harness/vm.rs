@@ -42,11 +42,19 @@ pub fn run_folder() -> &'static Path {
     .path()
 }
 
-/// Removes [`run_folder`]; what is left there of a failed case goes with it.
-pub fn remove_run_folder() {
-    if let Some(folder) = RUN.get() {
-        let _ = std::fs::remove_dir_all(folder.path());
+/// Ends what is left of this run and removes its folder; returns the processes that were left.
+pub fn clean_up() -> Vec<process::Process> {
+    let Some(folder) = RUN.get() else { return Vec::new() };
+    let left = process::end_all(folder.path());
+    // A case that was ended in its middle may have left a mount.
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(mount).starts_with(folder.path()) {
+            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+        }
     }
+    let _ = std::fs::remove_dir_all(folder.path());
+    left
 }
 
 /// A person's home, with all that Dhow and docker keep in it. Dropping it ends what runs.

@@ -79,6 +79,9 @@ fn main() -> ExitCode {
     if !left.is_empty() {
         report::fault(format!("left running at the end: {left:?}"));
     }
+    for case in report::passed_the_second_time() {
+        eprintln!("passed the second time only: {case}");
+    }
     let faults = report::faults();
     for fault in &faults {
         eprintln!("the suite fails: {fault}");

@@ -26,6 +26,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Cases that passed the second time only.
+static SECOND: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
 /// Why a case failed.
 #[derive(Debug, Default)]
 pub struct Failure {
@@ -49,6 +52,16 @@ pub fn forget(home: &Path) {
 pub fn fault(text: String) {
     eprintln!("fault: {text}");
     lock(&FAULTS).push(text);
+}
+
+/// A case has passed, but not the first time.
+pub fn second_time(case: &str) {
+    lock(&SECOND).push(case.to_owned());
+}
+
+/// Such cases.
+pub fn passed_the_second_time() -> Vec<String> {
+    std::mem::take(&mut lock(&SECOND))
 }
 
 /// All such faults.

@@ -20,6 +20,12 @@ install -m 0755 "$from"/bin/{containerd,containerd-shim-runc-v2,ctr,docker} \
 install -m 0755 "$from/bin/tini-static" "$bundle/bin/docker-init"
 install -m 0755 "$from"/libexec/docker/cli-plugins/docker-{buildx,compose} "$bundle/cli-plugins"
 install -m 0644 "$recipe"/etc/* "$bundle/etc"
+# What dockerd is given before its end, so that its containers end with it.
+sed 's/"live-restore": true/"live-restore": false/' "$recipe/etc/daemon.json" >"$bundle/etc/daemon-end.json"
+if cmp -s "$bundle/etc/daemon.json" "$bundle/etc/daemon-end.json"; then
+    echo 'daemon.json has no live-restore that could be switched off' >&2
+    exit 1
+fi
 
 for package in "${packages[@]}"; do
     printf '%s\t%s\n' "$package" "$(version "$part/all/packages" "$package")"

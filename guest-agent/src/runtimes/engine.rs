@@ -112,10 +112,8 @@ impl Engine {
                     };
                     let daemons: Vec<_> =
                         manifest.daemons.iter().map(|spec| (spec.clone(), take(spec))).collect();
-                    tracing::info!(
-                        name,
-                        adopted = daemons.iter().filter(|(_, child)| child.is_some()).count()
-                    );
+                    let adopted = daemons.iter().filter(|(_, child)| child.is_some()).count();
+                    tracing::info!(name, adopted, of = daemons.len(), "daemons adopted");
                     let daemons = daemons
                         .into_iter()
                         .map(|(spec, child)| Daemon::start(self.plan(&name, digest, spec), child))
@@ -192,14 +190,14 @@ impl Engine {
         started.await.unwrap_or_else(|panic| Err(panic.to_string()))
     }
 
-    async fn start_or_go_back(&self, name: &str, mut stops: watch::Receiver<u64>) -> Result<(), String> {
+    async fn start_or_go_back(&self, name: &str, stops: watch::Receiver<u64>) -> Result<(), String> {
         let _changing = self.changing.lock().await;
         let store = &self.library.store;
         let wanted = store
             .digest(name, Role::Installed)
             .ok_or_else(|| format!("no runtime {name} is installed in the guest"))?;
         let good = store.digest(name, Role::Good);
-        let Err(reason) = self.bring_up(name, wanted, &mut stops).await else {
+        let Err(reason) = self.bring_up(name, wanted, &stops).await else {
             if let Err(error) = store.set(name, Role::Good, wanted) {
                 tracing::warn!(%error, name, "it cannot be noted that the runtime is good");
             }
@@ -211,7 +209,7 @@ impl Engine {
         tracing::error!(name, reason, "the new version does not start; going back");
         let told =
             |what: &str| format!("the new version of {name} does not start, {what} (reason: {reason})");
-        match self.bring_up(name, good, &mut stops).await {
+        match self.bring_up(name, good, &stops).await {
             Ok(()) => {
                 if let Err(error) = store.set(name, Role::Installed, good) {
                     tracing::warn!(%error, name, "the way back is not noted");
@@ -225,12 +223,11 @@ impl Engine {
     }
 
     /// Has the daemons of exactly this image run, and waits until they answer.
-    async fn bring_up(
-        &self,
-        name: &str,
-        digest: Digest,
-        stops: &mut watch::Receiver<u64>,
-    ) -> Result<(), String> {
+    async fn bring_up(&self, name: &str, digest: Digest, stops: &watch::Receiver<u64>) -> Result<(), String> {
+        let stopped = || format!("{name} is being stopped");
+        if stops.has_changed().unwrap_or(true) {
+            return Err(stopped());
+        }
         let manifest = install::open(&self.library, name, digest)
             .await
             .map_err(|error| format!("the runtime {name} is of no use: {}", chain(&error)))?;
@@ -262,11 +259,13 @@ impl Engine {
             }
             Ok(())
         };
+        // A clone, so that the caller still sees the change.
+        let mut stop = stops.clone();
         tokio::select! {
             settled = tokio::time::timeout(START_PATIENCE, settled) => settled.unwrap_or_else(|_| {
                 Err(format!("{} did not answer within {} s", self.unsettled(name), START_PATIENCE.as_secs()))
             }),
-            _ = stops.changed() => Err(format!("{name} is being stopped")),
+            _ = stop.changed() => Err(stopped()),
         }
     }
 

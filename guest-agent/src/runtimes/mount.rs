@@ -74,7 +74,8 @@ const LOOP_CONFIGURE: rustix::ioctl::Opcode = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
-/// The kernel goes on without it where the filesystem below has none.
+/// Without a second copy in the page cache; a cold dockerd also starts faster with it. The kernel goes
+/// on without it where the filesystem below cannot.
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// `struct loop_info64` of linux/loop.h.

@@ -131,17 +131,21 @@ async fn another_version_takes_over_and_a_broken_one_is_taken_back() {
 #[tokio::test]
 async fn a_stop_interrupts_a_start_that_waits() {
     let guest = Guest::new().await;
+    guest.installed(&image("1", &daemon(&guest, "first", ""))).await;
+    assert_eq!(start(&guest).await, Ok(()));
     let mute = "[[daemon]]\nname = \"mute\"\nargv = [\"/bin/sleep\", \"1000\"]\nready_socket = \"/no/such/socket\"\n";
-    guest.installed(&image("1", mute)).await;
+    guest.installed(&image("2", mute)).await;
     let runtimes = Arc::clone(&guest.runtimes);
     let starting = tokio::spawn(async move { runtimes.start_runtime("test").await });
-    while guest.launch.count() == 0 {
+    while guest.launch.count() == 1 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(guest.states(), [("mute".to_owned(), DaemonState::Starting)]);
     assert_eq!(guest.runtimes.stop_runtime("test").await, Ok(()));
     assert!(starting.await.unwrap().unwrap_err().contains("being stopped"));
     assert!(all(&guest, &DaemonState::Stopped));
+    // Nor was the version before started in its place.
+    assert_eq!(guest.launch.count(), 2);
 }
 
 #[tokio::test]

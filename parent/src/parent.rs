@@ -372,6 +372,12 @@ impl Parent {
                 wait_for_end(worker);
                 return false;
             }
+            // As above, with messages that it has not read.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                kill(worker.pid, Signal::SIGKILL);
+                wait_for_end(worker);
+                return false;
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             Err(error) => {
                 tracing::error!(%error, "unreadable message of the worker");

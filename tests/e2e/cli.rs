@@ -100,15 +100,20 @@ fn shell_is_on_a_terminal(vm: &Vm) {
         let seen = pty.expect(&format!("mark{count}:"));
         if seen.contains("41 81") { Ok(()) } else { Err(seen) }
     });
-    pty.send("sleep 1000\r");
+    // A child says so: between two commands the interrupt would be the shell's own.
+    pty.send("sh -c \"echo be''gun; exec sleep 1000\"\r");
+    pty.expect("begun");
     pty.send("\u{3}");
+    // The line editor throws away what was typed before its prompt.
+    pty.expect("^C");
+    pty.expect("# ");
     pty.send("tty; pwd; exit 5\r");
     pty.expect("/dev/pts/");
     assert_eq!(pty.wait().0, Some(5));
 }
 
 fn logs_of_every_source(vm: &Vm) {
-    for source in ["dockerd", "containerd", "agent", "kernel", "console", "qemu", "supervisor", "keeper"] {
+    for source in ["dockerd", "containerd", "agent", "kernel", "console", "qemu", "keeper", "vsock-device"] {
         // Some of them may have nothing to say.
         vm.dhow(&["logs", source]).run().exits(0);
     }
@@ -133,8 +138,7 @@ fn scripts_read_json(vm: &Vm) {
 
 fn usage_mistakes(vm: &Vm) {
     for arguments in [&["no-such-command"][..], &["start", "--no-such-flag"], &["exec"], &["-p"]] {
-        let output = vm.dhow(arguments).run().exits(2);
-        assert!(output.stderr.contains("Usage") || output.stderr.contains("usage"), "{output}");
+        vm.dhow(arguments).run().exits(2).says("--help");
     }
     vm.dhow(&["-p", "Not A Name", "status"]).run().says("Not A Name");
 }
@@ -157,7 +161,7 @@ fn commands_without_a_vm() {
     for arguments in [&["exec", "--", "true"][..], &["shell"], &["logs", "dockerd"], &["ports"], &["mounts"]]
     {
         let output = vm.dhow(arguments).run().exits(1);
-        assert!(output.stderr.contains("dhow start"), "{output}");
+        assert!(output.stderr.contains("not running") && output.stderr.contains("hint: "), "{output}");
     }
     assert_eq!(vm.json(&["list", "--json"]), serde_json::json!([]));
     vm.dhow(&["version"]).ok();

@@ -1,7 +1,7 @@
 //! End-to-end tests: the real `dhow`, a real VM under emulation, the real docker.
 //!
-//! `cargo test -p dhow-tests --test e2e -- FILTER` runs the cases whose names hold FILTER; `--skip`,
-//! `--exact` and `--list` are as with Rust's own tests. The files under test come from `make`, or from
+//! `cargo test -p dhow-tests --test e2e -- FILTER` runs the cases whose names hold FILTER, or one of
+//! 'FILTER|FILTER'; `--skip`, `--exact` and `--list` are as with Rust's own tests. The files under test come from `make`, or from
 //! DHOW_BIN, DHOW_IMAGE, DHOW_GUEST_TOOL and DHOW_BUSYBOX.
 
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -49,7 +49,11 @@ fn main() -> ExitCode {
     // Between the lines of `--quiet` nobody sees what takes so long.
     let loud = arguments.quiet;
     report::install();
-    let trials = cases().into_iter().map(|case| {
+    let mut cases = cases();
+    if let Some(filters) = arguments.filter.take_if(|filter| filter.contains('|')) {
+        cases.retain(|case| filters.split('|').any(|filter| case.name.contains(filter)));
+    }
+    let trials = cases.into_iter().map(|case| {
         let name = case.name.clone();
         Trial::test(name, move || case.run(loud))
     });

@@ -39,7 +39,7 @@ fn halted_among(keeper: Option<Pid>, recorded: &[i32]) -> Vec<Halted> {
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter_map(|pid| Some((pid, Stat::read(pid)?)))
         .filter(|(pid, stat)| is_ours(*pid, stat) && stat.is_halted())
-        .map(|(pid, stat)| Halted { name: role(pid).unwrap_or(stat.name), pid })
+        .map(|(pid, stat)| Halted { name: role(pid).unwrap_or_else(|| short(stat.name)), pid })
         .collect();
     halted.sort_by_key(|process| process.pid);
     halted
@@ -70,6 +70,11 @@ impl Stat {
     fn is_halted(&self) -> bool {
         matches!(self.state, 'T' | 't')
     }
+}
+
+/// "qemu" for `qemu-system-x86_64`, of which the kernel keeps 15 characters.
+fn short(name: String) -> String {
+    if name.starts_with("qemu-system-") { "qemu".to_owned() } else { name }
 }
 
 /// The role of one of our own processes: its first argument.

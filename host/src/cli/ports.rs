@@ -1,6 +1,5 @@
 //! `dhow ports`: listening sockets of the guest and where they are on the host.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use dhow_protocol::ports::{Listener, Protocol};
@@ -77,18 +76,18 @@ impl Entry {
 pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
     let request = ApiRequest::Ports { watch: args.watch };
     let (mut reply, mut connection) = client::open(paths, &request, ANSWER_DEADLINE).await?;
-    let mut before: BTreeMap<Listener, ForwardReport> = BTreeMap::new();
+    let mut before = Vec::new();
     loop {
         let ApiReply::Ports(mut reports) = reply else {
             return Err(CommandError::Kind);
         };
-        reports.sort_by_key(|report| report.guest);
+        // One listener may be at several places of the host.
+        reports.sort_by_key(|report| (report.guest, report.host));
         if args.format.json {
             print_json(&reports.iter().map(Entry::from).collect::<Vec<_>>())?;
         } else if args.watch {
-            let now: BTreeMap<_, _> = reports.into_iter().map(|report| (report.guest, report)).collect();
-            print(&changes(&before, &now))?;
-            before = now;
+            print(&changes(&before, &reports))?;
+            before = reports;
         } else {
             let rows: Vec<_> = reports.iter().map(|report| Entry::from(report).row()).collect();
             print(&table(&["PROTOCOL", "GUEST", "HOST", "WHY NOT"], &rows))?;
@@ -105,10 +104,10 @@ pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
 }
 
 /// One line for each that went or came; one that changed does both.
-fn changes(before: &BTreeMap<Listener, ForwardReport>, now: &BTreeMap<Listener, ForwardReport>) -> String {
-    let lines = |sign, of: &BTreeMap<Listener, ForwardReport>, other: &BTreeMap<Listener, ForwardReport>| {
-        let changed = of.iter().filter(|(listener, report)| other.get(listener) != Some(report));
-        changed.map(|(_, report)| Entry::from(report).line(sign)).collect::<String>()
+fn changes(before: &[ForwardReport], now: &[ForwardReport]) -> String {
+    let lines = |sign, of: &[ForwardReport], other: &[ForwardReport]| {
+        let changed = of.iter().filter(|report| !other.contains(report));
+        changed.map(|report| Entry::from(report).line(sign)).collect::<String>()
     };
     lines('-', before, now) + &lines('+', now, before)
 }

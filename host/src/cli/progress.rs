@@ -8,35 +8,30 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::output::{escape_lines, say, span};
 use crate::api::Progress;
 
+/// Between two turns of the spinner.
+const TICK: Duration = Duration::from_millis(100);
+
 /// Shows progress on standard error.
 #[derive(Debug)]
 pub struct Display {
+    terminal: bool,
+    /// Of the step that runs.
     spinner: Option<ProgressBar>,
 }
 
 impl Display {
-    /// A spinner where standard error is a terminal.
+    /// A spinner for each step where standard error is a terminal.
     #[must_use]
     pub fn new() -> Self {
-        let spinner = std::io::stderr().is_terminal().then(|| {
-            let spinner = ProgressBar::new_spinner();
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
-                spinner.set_style(style);
-            }
-            spinner
-        });
-        Self { spinner }
+        Self { terminal: std::io::stderr().is_terminal(), spinner: None }
     }
 
     /// Shows one step or notice.
-    pub fn show(&self, progress: &Progress) {
+    pub fn show(&mut self, progress: &Progress) {
         match progress {
             Progress::Begin { step } => {
-                if let Some(spinner) = &self.spinner {
-                    spinner.reset_elapsed();
-                    spinner.set_message(format!("{} …", escape_lines(step)));
-                    spinner.enable_steady_tick(Duration::from_millis(100));
-                }
+                self.clear();
+                self.spinner = self.terminal.then(|| spin(&escape_lines(step)));
             }
             Progress::End { step, milliseconds } => {
                 self.clear();
@@ -56,26 +51,24 @@ impl Display {
     }
 
     /// Takes the spinner off the terminal.
-    pub fn clear(&self) {
-        if let Some(spinner) = &self.spinner {
-            spinner.disable_steady_tick();
-            spinner.set_message(String::new());
-            // Removes the line; the next step draws it anew.
-            spinner.suspend(|| {});
+    fn clear(&mut self) {
+        if let Some(spinner) = self.spinner.take() {
+            spinner.finish_and_clear();
         }
-    }
-}
-
-impl Default for Display {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
 impl Drop for Display {
     fn drop(&mut self) {
-        if let Some(spinner) = &self.spinner {
-            spinner.finish_and_clear();
-        }
+        self.clear();
     }
+}
+
+fn spin(step: &str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(format!("{step} …"));
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+        spinner.set_style(style);
+    }
+    spinner.enable_steady_tick(TICK);
+    spinner
 }

@@ -1,8 +1,8 @@
 //! A command in the guest, seen from here: input, output, signals and the terminal, until it ends.
 //!
 //! ```text
-//! stdin ──thread──► queue ──► writer ──► stream ──► guest
-//! signals, sizes ─────┘
+//! stdin ──thread──► queue ───► writer ──► stream ──► guest
+//! signals, sizes ──► urgent ──────┘ (overtake what is queued)
 //! guest ──► stream ──► reader ──► stdout, stderr; the last frame is the exit status
 //! ```
 
@@ -14,7 +14,7 @@ use dhow_protocol::codec::{self, DATA_CHUNK, DATA_LIMIT};
 use dhow_protocol::exec::{ExecInput, ExecOutput, ExecStart, ExitStatus};
 use rustix::event::{PollFd, PollFlags};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::client::{self, OPEN_DEADLINE};
 use super::errors::{CommandError, signal_status};
@@ -33,8 +33,12 @@ const OF_TERMINAL: [i32; 2] = [libc::SIGWINCH, libc::SIGTSTP];
 const PATIENCE: u32 = 3;
 /// An interactive shell ignores SIGTERM; after that long it is hung up.
 const TERMINAL_GRACE: Duration = Duration::from_secs(3);
+/// A signal that is not on its way after that long is stuck behind input which the command does not read.
+const STUCK: Duration = Duration::from_secs(2);
 /// Chunks of input on their way.
 const QUEUE: usize = 2;
+/// Signals and sizes on their way.
+const URGENT: usize = 16;
 
 /// How the output ended.
 enum Ended {
@@ -64,15 +68,16 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
     };
     let (reader, writer) = connection.into_stream().into_split();
     let (input, queue) = mpsc::channel(QUEUE);
+    let (urgent, urgent_queue) = mpsc::channel(URGENT);
     if read_stdin {
-        let input = input.clone();
         std::thread::spawn(move || read_input(&input));
     } else {
         // The queue is empty: there is room.
         let _ = input.send(ExecInput::StdinEnd).await;
     }
-    let writing = tokio::spawn(write_input(writer, queue));
+    let writing = tokio::spawn(write_input(writer, queue, urgent_queue));
     let mut reading = tokio::spawn(copy_output(reader));
+    let (stuck, mut is_stuck) = mpsc::channel(1);
     let mut impatience = 0;
     let mut leave: Option<(tokio::time::Instant, i32)> = None;
     let ended = loop {
@@ -80,13 +85,14 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
         tokio::select! {
             ended = &mut reading => break ended.unwrap_or(Ended::Lost),
             () = at(deadline) => break Ended::Lost,
+            Some(signal) = is_stuck.recv() => leave = Some((tokio::time::Instant::now(), signal)),
             signal = signals.next() => {
                 if let Some(raw) = raw.as_ref().filter(|_| signal == libc::SIGTSTP) {
                     suspend(raw);
                 }
                 if OF_TERMINAL.contains(&signal) {
-                    // Where the queue is full of input the size is sent with the next change.
-                    let _ = input.try_send(ExecInput::Resize(terminal::size()));
+                    // Where there is no room the size is sent with the next change.
+                    let _ = urgent.try_send((ExecInput::Resize(terminal::size()), None));
                     continue;
                 }
                 if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
@@ -97,9 +103,17 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
                 } else if with_terminal && matches!(signal, libc::SIGTERM | libc::SIGHUP) {
                     leave.get_or_insert((tokio::time::Instant::now() + TERMINAL_GRACE, signal));
                 }
-                let input = input.clone();
-                // It may have to wait until the guest takes more input.
-                tokio::spawn(async move { input.send(ExecInput::Signal(signal)).await });
+                let (written, is_written) = oneshot::channel();
+                // Where there is no room it is stuck, which `written` tells when it is dropped.
+                let _ = urgent.try_send((ExecInput::Signal(signal), Some(written)));
+                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT | libc::SIGHUP) {
+                    let stuck = stuck.clone();
+                    tokio::spawn(async move {
+                        if tokio::time::timeout(STUCK, is_written).await.is_err() {
+                            let _ = stuck.send(signal).await;
+                        }
+                    });
+                }
             }
         }
     };
@@ -164,13 +178,30 @@ fn read_input(input: &mpsc::Sender<ExecInput>) {
     }
 }
 
+/// A frame that overtakes input, and who wants to know that it is on its way.
+type Urgent = (ExecInput, Option<oneshot::Sender<()>>);
+
 /// Sends what is queued, for as long as the guest takes it. The half is kept open until the end: the
 /// guest takes its closing for the user's leaving.
-async fn write_input(mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<ExecInput>) {
-    while let Some(frame) = queue.recv().await {
+async fn write_input(
+    mut writer: OwnedWriteHalf,
+    mut queue: mpsc::Receiver<ExecInput>,
+    mut urgent: mpsc::Receiver<Urgent>,
+) {
+    loop {
+        let (frame, written) = tokio::select! {
+            biased;
+            Some(urgent) = urgent.recv() => urgent,
+            Some(frame) = queue.recv() => (frame, None),
+            else => break,
+        };
         if codec::write_frame(&mut writer, &frame, DATA_LIMIT).await.is_err() {
             // The reader learns why.
             break;
+        }
+        if let Some(written) = written {
+            // Nobody waits for it any more where it took too long.
+            let _ = written.send(());
         }
     }
     std::future::pending::<()>().await;

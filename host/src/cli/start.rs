@@ -121,7 +121,7 @@ fn check_image(folder: &Path) -> Result<(), CommandError> {
 pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result<u8, CommandError> {
     // From here on Ctrl-C stops the start rather than this command alone.
     let mut signals = Signals::listen(&[libc::SIGINT, libc::SIGTERM])?;
-    let display = Display::new();
+    let mut display = Display::new();
     let begun = tokio::time::Instant::now();
     let deadline = begun + STOP_DEADLINE;
     loop {
@@ -133,7 +133,7 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
             display.notice("the VM was being started already; new settings hold after `dhow restart`");
         }
         let followed = tokio::select! {
-            followed = follow(&mut connection, paths, &display) => followed,
+            followed = follow(&mut connection, paths, &mut display) => followed,
             signal = signals.next() => {
                 drop(display);
                 return interrupted(connection, paths, ours, signal).await;
@@ -219,7 +219,11 @@ async fn reach(
 }
 
 /// Shows progress until docker answers.
-async fn follow(connection: &mut Connection, paths: &Paths, display: &Display) -> Result<(), CommandError> {
+async fn follow(
+    connection: &mut Connection,
+    paths: &Paths,
+    display: &mut Display,
+) -> Result<(), CommandError> {
     connection.send(&ApiRequest::WatchStart).await?;
     loop {
         match connection.next(paths).await? {
@@ -309,10 +313,11 @@ fn what_next(paths: &Paths, profile: &Profile, took: Duration) -> String {
     let socket = paths.docker_socket();
     let milliseconds = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     let mut text = format!(
-        "Docker is up in profile {} after {} ({} CPUs, {} memory).\n",
+        "Docker is up in profile {} after {} ({} {}, {} memory).\n",
         profile.name,
         span(milliseconds),
         profile.cpus,
+        if profile.cpus == 1 { "CPU" } else { "CPUs" },
         mib(profile.memory_mib),
     );
     let run = "run --rm hello-world";

@@ -164,9 +164,12 @@ impl Document {
             self.disk_gib = Some(report.disk_gib);
         }
         self.docker_socket = report.docker_socket;
-        let halted: Vec<String> =
-            diagnosis::halted(keeper, paths).iter().map(diagnosis::Halted::problem).collect();
-        let problems: Vec<String> = report.problem.into_iter().chain(halted).collect();
+        let halted = diagnosis::halted(keeper, paths);
+        let problem = report.problem.unwrap_or_default();
+        let mut problems = vec![problem.clone()];
+        // The supervisor may have seen it, too.
+        problems.extend(halted.iter().map(diagnosis::Halted::problem).filter(|seen| !problem.contains(seen)));
+        problems.retain(|problem| !problem.is_empty());
         self.problem = (!problems.is_empty()).then(|| problems.join("; "));
         let keeper = keeper.map(|pid| ("keeper".to_owned(), pid.as_raw_nonzero().get()));
         self.processes =
@@ -211,7 +214,8 @@ impl Document {
             |free: Option<u64>| free.map(|free| format!(" ({} free)", bytes(free))).unwrap_or_default();
         let guest = self.guest.as_ref();
         format!(
-            "{cpus} CPUs, {} memory{}, {} disk{}",
+            "{cpus} {}, {} memory{}, {} disk{}",
+            if cpus == 1 { "CPU" } else { "CPUs" },
             mib(self.memory_mib.unwrap_or_default()),
             free(guest.map(|guest| guest.memory_available)),
             mib(self.disk_gib.unwrap_or_default() << 10),

@@ -71,7 +71,7 @@ pub async fn take_down(paths: &Paths, force: bool) -> Result<bool, CommandError>
 }
 
 async fn ask(connection: &mut Connection, paths: &Paths, force: bool) -> Result<(), CommandError> {
-    let display = Display::new();
+    let mut display = Display::new();
     connection.send(&ApiRequest::Stop { force }).await?;
     loop {
         match connection.next(paths).await? {

@@ -17,7 +17,7 @@ use super::guest::{Guest, OPEN_DEADLINE, OpenError};
 /// How long the guest may take for one step of an installation, or without taking a byte.
 const STEP_DEADLINE: Duration = Duration::from_secs(120);
 /// How long daemons may take to answer: emulation is slow.
-const START_DEADLINE: Duration = Duration::from_secs(240);
+const START_DEADLINE: Duration = Duration::from_secs(480);
 /// Bytes read and sent at once.
 const CHUNK: usize = 256 << 10;
 

@@ -20,8 +20,9 @@ use super::vm::Vm;
 use crate::docker;
 use crate::images::store::Image;
 
-/// How long a guest may take from QEMU's start to its agent's first answer.
-pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// How long a guest may take from QEMU's start to its agent's first answer, where DHOW_BOOT_DEADLINE (in
+/// seconds) does not say otherwise: emulated on a busy machine it is slow, and yet on its way.
+const BOOT_DEADLINE: Duration = Duration::from_secs(300);
 /// Lines of the guest's console that an error shows.
 const CONSOLE_LINES: usize = 15;
 
@@ -106,9 +107,16 @@ pub fn resume(tasks: &mut JoinSet<()>, vm: &Arc<Vm>, helpers: &mut Helpers, dock
 }
 
 async fn first_answer(vm: &Vm, console: &std::path::Path) -> Result<(), StartError> {
-    tokio::time::timeout(BOOT_DEADLINE, vm.guest.answers())
-        .await
-        .map_err(|_| StartError::Boot { console: log_end(console, CONSOLE_LINES) })
+    let deadline = boot_deadline(std::env::var("DHOW_BOOT_DEADLINE").ok().as_deref());
+    tokio::time::timeout(deadline, vm.guest.answers()).await.map_err(|_| StartError::Boot {
+        seconds: deadline.as_secs(),
+        console: log_end(console, CONSOLE_LINES),
+    })
+}
+
+/// What is no number of seconds is as if it were not there.
+fn boot_deadline(setting: Option<&str>) -> Duration {
+    setting.and_then(|seconds| seconds.parse().ok()).map_or(BOOT_DEADLINE, Duration::from_secs)
 }
 
 async fn mount_shares(tasks: &mut JoinSet<()>, vm: &Arc<Vm>, helpers: &mut Helpers) {

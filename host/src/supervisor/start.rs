@@ -14,7 +14,7 @@ use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 
 use super::bundles::BundleError;
-use super::guest_setup::{self, BOOT_DEADLINE, Helpers};
+use super::guest_setup::{self, Helpers};
 use super::ledger::Ledger;
 use super::network;
 use super::processes::{ProcessError, Processes};
@@ -77,8 +77,10 @@ pub enum StartError {
     #[error("QEMU ended while the guest was coming up{0}")]
     QemuEnded(String),
     /// The guest did not come up.
-    #[error("the guest did not come up within {} s{console}", BOOT_DEADLINE.as_secs())]
+    #[error("the guest did not come up within {seconds} s{console}")]
     Boot {
+        /// How long it was waited for.
+        seconds: u64,
         /// The end of the guest's console.
         console: String,
     },

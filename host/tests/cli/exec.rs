@@ -207,6 +207,25 @@ fn the_third_ctrl_c_leaves_a_command_that_hangs() {
 }
 
 #[test]
+fn ctrl_c_ends_a_command_that_does_not_read_its_input() {
+    let bench = Bench::new();
+    let _fake = Fake::exec(&bench, |_, peer| {
+        peer.output(ExecOutput::Stdout(b"ready\n".to_vec()));
+        // Until the command leaves: nothing is read.
+        while peer.output(ExecOutput::Stderr(Vec::new())) {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    });
+    let mut command = bench.command(&["exec", "sleep"]);
+    command.stdin(std::fs::File::open("/dev/zero").unwrap());
+    let (running, mut stdout) = Running::spawn_unread(&mut command);
+    read_until(&mut stdout, "ready\n");
+    running.signal(Signal::SIGINT);
+    let outcome = running.finish();
+    assert!(outcome.expect(130).stderr.contains("left before the command ended"), "{outcome:#?}");
+}
+
+#[test]
 fn nobody_reads_the_output() {
     let bench = Bench::new();
     let (sender, left) = mpsc::channel();

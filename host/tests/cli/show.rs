@@ -138,11 +138,12 @@ fn ports_as_they_come_and_go() {
     assert_eq!(read_until(&mut stdout, "\n"), "+ tcp 0.0.0.0:80 -> 127.0.0.1:80\n");
     next.send(vec![forward(80, Some(80), None), forward(81, None, Some("in use"))]).unwrap();
     assert_eq!(read_until(&mut stdout, "\n"), "+ tcp 0.0.0.0:81 -> - (in use)\n");
-    next.send(vec![forward(81, Some(81), None)]).unwrap();
+    // At two places of the host.
+    next.send(vec![forward(81, Some(82), None), forward(81, Some(81), None)]).unwrap();
     drop(next);
     let mut rest = String::new();
     stdout.read_to_string(&mut rest).unwrap();
-    let expected = "- tcp 0.0.0.0:80 -> 127.0.0.1:80\n- tcp 0.0.0.0:81 -> - (in use)\n+ tcp 0.0.0.0:81 -> 127.0.0.1:81\n";
+    let expected = "- tcp 0.0.0.0:80 -> 127.0.0.1:80\n- tcp 0.0.0.0:81 -> - (in use)\n+ tcp 0.0.0.0:81 -> 127.0.0.1:81\n+ tcp 0.0.0.0:81 -> 127.0.0.1:82\n";
     assert_eq!(rest, expected);
     running.finish().expect(0);
 }

@@ -6,13 +6,14 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, mpsc};
 
+use dhow::api::{ApiReply, ApiRequest, Progress, VmState};
 use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus, TtySize};
 use nix::pty::Winsize;
 use nix::sys::signal::Signal;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 
 use crate::bench::{Bench, DEADLINE, Running, read_until, wait_until};
-use crate::fake::Fake;
+use crate::fake::{Fake, report};
 
 /// A terminal whose user is the test.
 struct Terminal {
@@ -185,6 +186,42 @@ fn without_a_terminal_a_shell_reads_commands_and_exec_refuses_one() {
     });
     bench.run(&["shell"]).expect(0);
     bench.run(&["exec", "-t", "bash"]).expect_error("-t needs a terminal", "leave -t out");
+}
+
+#[test]
+fn a_step_turns_while_it_runs_and_then_has_a_line_of_its_own() {
+    let bench = Bench::new();
+    let (sender, seen) = mpsc::channel::<()>();
+    let seen = Mutex::new(seen);
+    let _fake = Fake::new(&bench, move |request, peer| match request {
+        ApiRequest::Status => peer.reply(&ApiReply::Status(Box::new(report(VmState::Starting)))),
+        _ => {
+            let step = "booting the VM".to_owned();
+            peer.reply(&ApiReply::Progress(Progress::Begin { step: step.clone() }));
+            seen.lock().unwrap().recv_timeout(DEADLINE).unwrap();
+            peer.reply(&ApiReply::Progress(Progress::Notice("no KVM".into())));
+            peer.reply(&ApiReply::Progress(Progress::End { step, milliseconds: 500 }));
+            peer.reply(&ApiReply::Started);
+        }
+    });
+    let mut terminal = Terminal::new();
+    let mut command = bench.command(&["start"]);
+    command.env("TERM", "xterm");
+    let running = terminal.spawn(&mut command);
+    // Drawn more than once.
+    let mut seen = read_until(&mut terminal.user, " booting the VM … ");
+    seen += &read_until(&mut terminal.user, " booting the VM … ");
+    sender.send(()).unwrap();
+    seen += &read_until(&mut terminal.user, "Docker is up");
+    running.finish().expect(0);
+    // Each line begins where the spinner was wiped off.
+    for line in ["notice: no KVM\r\n", "booting the VM … 0.5 s\r\n", "Docker is up"] {
+        let before = seen.split(line).next().unwrap();
+        assert!(
+            before.is_empty() || before.ends_with("\u{1b}[2K") || before.ends_with('\n'),
+            "{line:?} in {seen:?}"
+        );
+    }
 }
 
 #[test]

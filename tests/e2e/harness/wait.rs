@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 /// Between two looks at a condition.
 const PAUSE: Duration = Duration::from_millis(50);
 /// For what a healthy product does at once.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(120);
 
 /// Asks `condition` until it has a value.
 ///

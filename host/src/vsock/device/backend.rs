@@ -66,7 +66,7 @@ impl Backend {
         let now = Instant::now();
         let mut more = false;
         if Self::running(rx) && Self::running(tx) {
-            more |= self.drain(&mut tx.get_mut(), now);
+            more |= self.drain(&mut tx.get_mut());
             more |= self.pump(&mut rx.get_mut(), now);
         }
         self.reactor.finish(now);
@@ -76,7 +76,7 @@ impl Backend {
     }
 
     /// Guest to host; whether there is more.
-    fn drain(&mut self, state: &mut VringState<GuestMemoryAtomic<Memory>>, now: Instant) -> bool {
+    fn drain(&mut self, state: &mut VringState<GuestMemoryAtomic<Memory>>) -> bool {
         let guard = self.memory.memory();
         let memory: &Memory = &guard;
         let queue = state.get_queue_mut();
@@ -90,7 +90,7 @@ impl Backend {
             {
                 budget -= 1;
                 let head = chain.head_index();
-                self.reactor.muxer.on_guest_packet(TxPacket::parse(memory, chain), now);
+                self.reactor.muxer.on_guest_packet(TxPacket::parse(memory, chain));
                 // Whatever it was, it is consumed: a packet may kill its connection, never the queue.
                 if let Err(error) = queue.add_used(memory, head, 0) {
                     tracing::debug!(%error, "a chain could not be returned to the guest");
@@ -123,16 +123,13 @@ impl Backend {
         let _ = queue.disable_notification(memory);
         let mut rx = RxQueue::new(queue, memory);
         let pumped = self.reactor.muxer.pump(&mut rx, RX_BUDGET, now);
-        let used = rx.used();
         let more = match pumped {
             Pumped::Idle => false,
             Pumped::More => true,
             // The guest kicks when it posts buffers, unless it did so between our last look and this.
-            Pumped::Starved => {
-                queue.enable_notification(memory).unwrap_or(false)
-                    && RxQueue::new(queue, memory).permit().is_some()
-            }
+            Pumped::Starved => rx.ask_for_kicks() && rx.permit().is_some(),
         };
+        let used = rx.used();
         signal(state, memory, used);
         more
     }

@@ -22,10 +22,16 @@
 //! ```
 //!
 //! `Gone` with the host `Opened` or `Attached` is *draining*: the guest finished properly, and what it sent is still
-//! to be written to the fd. A connection may be forgotten when the guest is `Gone` and the host `Closed`.
+//! to be written to the fd. Between `Attached` and `Closed` may lie `Leaving`: all is written, and the client has not
+//! taken it yet. A connection may be forgotten when the guest is `Gone` and the host `Closed`.
 //!
 //! Each half ends on its own: EOF on the fd becomes SHUTDOWN(SEND) to the guest, and the guest's SHUTDOWN(SEND)
 //! becomes `shutdown(fd, SHUT_WR)` once everything before it is written.
+//!
+//! # An end or a cut
+//! No program of a guest can send an RST: when its process dies, its kernel says SHUTDOWN(both), as at any close. So
+//! the device takes SHUTDOWN(both) for an end only where SHUTDOWN(SEND) has come before it, and for a cut otherwise:
+//! the fd is reset, and a client with half an answer does not take it for a whole one.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -34,10 +40,13 @@ use super::control::Reason;
 use super::credit::{Incoming, Outgoing, WINDOW};
 use super::host_fd::{End, HostFd};
 use super::packet::{Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND};
-use super::queue::{RxPermit, Segments};
+use super::queue::{RxPermit, RxQueue, Segments};
 
 /// How long a guest may take to answer SHUTDOWN(both): Linux's own `VSOCK_CLOSE_TIMEOUT`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How long a client that has everything may take to close its end; and how often one is looked at that has not.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, PartialEq, Eq)]
 enum Guest {
@@ -53,7 +62,23 @@ enum Host {
     Handshake,
     Opened,
     Attached(HostFd),
+    /// Both halves are over, and what was written is still on its way.
+    Leaving {
+        fd: HostFd,
+        until: Instant,
+    },
     Closed,
+}
+
+/// What a turn of [`Connection::fill`] came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// Packets sent.
+    pub packets: usize,
+    /// Their payload bytes.
+    pub bytes: usize,
+    /// The guest has posted no more buffers.
+    pub starved: bool,
 }
 
 /// Both ports of a connection.
@@ -82,6 +107,8 @@ pub struct Connection {
     /// From the guest, for the fd; at most [`WINDOW`] bytes, as its credit says.
     buffer: VecDeque<u8>,
     readable: bool,
+    /// The last read left nothing behind, so that the next one will hardly find much.
+    emptied: bool,
     writable: bool,
     /// The fd has no more for the guest.
     host_finished: bool,
@@ -96,7 +123,6 @@ pub struct Connection {
     update_asked: bool,
     rst_due: bool,
     failure: Option<Reason>,
-    read_error: bool,
 }
 
 impl Connection {
@@ -115,6 +141,7 @@ impl Connection {
             reply_len,
             buffer: VecDeque::new(),
             readable: false,
+            emptied: false,
             writable: false,
             host_finished: false,
             told_finished: false,
@@ -124,7 +151,6 @@ impl Connection {
             update_asked: false,
             rst_due: false,
             failure: None,
-            read_error: false,
         }
     }
 
@@ -177,12 +203,45 @@ impl Connection {
         std::mem::take(&mut self.rst_due).then(|| self.header(Op::Rst))
     }
 
-    /// When it gives up waiting for the guest's last RST.
-    pub fn close_deadline(&self) -> Option<Instant> {
-        match self.guest {
+    /// When [`Self::expire`] is due: it has waited long enough for the guest's last RST, or for the client.
+    pub fn deadline(&self) -> Option<Instant> {
+        let guest = match self.guest {
             Guest::Closing { until } => Some(until),
             _ => None,
+        };
+        let host = match self.host {
+            Host::Leaving { until, .. } => Some(until),
+            _ => None,
+        };
+        [guest, host].into_iter().flatten().min()
+    }
+
+    /// Gives up what is past its deadline.
+    pub fn expire(&mut self, now: Instant) {
+        if let Guest::Closing { until } = self.guest
+            && until <= now
+        {
+            self.abort(Reason::GuestClosed);
         }
+        if let Host::Leaving { fd, until } = &mut self.host
+            && *until <= now
+        {
+            // Closed with bytes under way, the kernel would give them up after a while; a slow reader may take hours.
+            if fd.delivered() || fd.acknowledged() {
+                self.host = Host::Closed;
+            } else {
+                *until = now + LEAVE_TIMEOUT;
+            }
+        }
+    }
+
+    /// Closes the fd early where that loses nothing but the client's politeness; whether it did.
+    pub fn make_room(&mut self) -> bool {
+        let done = matches!(&self.host, Host::Leaving { fd, .. } if fd.delivered() || fd.acknowledged());
+        if done {
+            self.host = Host::Closed;
+        }
+        done
     }
 
     /// Ends it at once: RST to the guest, a reset to the fd, `reason` to an opener that still waits.
@@ -198,6 +257,8 @@ impl Connection {
         match std::mem::replace(&mut self.host, Host::Closed) {
             Host::Handshake | Host::Opened => self.failure = Some(reason),
             Host::Attached(fd) => fd.reset(),
+            // Nothing of what it is waiting for can be cut by the guest.
+            leaving @ Host::Leaving { .. } => self.host = leaving,
             Host::Closed => {}
         }
     }
@@ -221,20 +282,28 @@ impl Connection {
 
     /// The fd's socket became readable, writable or broken.
     pub fn on_host_event(&mut self, readable: bool, writable: bool, broken: bool) {
-        let Host::Attached(fd) = &self.host else {
-            return;
+        let fd = match &self.host {
+            Host::Attached(fd) => fd,
+            Host::Leaving { fd, .. } => {
+                if broken && fd.error().is_some() || fd.delivered() {
+                    self.host = Host::Closed;
+                }
+                return;
+            }
+            Host::Handshake | Host::Opened | Host::Closed => return,
         };
         if broken && fd.error().is_some() {
             self.abort(Reason::HostClosed);
             return;
         }
         self.readable |= readable;
+        self.emptied &= !readable;
         self.writable |= writable;
         self.flush();
     }
 
     /// A packet from the guest for this connection.
-    pub fn on_packet(&mut self, header: &Header, payload: &Segments<'_>, now: Instant) {
+    pub fn on_packet(&mut self, header: &Header, payload: &Segments<'_>) {
         let Some(op) = Op::from_wire(header.op) else {
             self.abort(Reason::Protocol);
             return;
@@ -265,7 +334,6 @@ impl Connection {
             }
             (Guest::Requested, _) | (Guest::Open, Op::Request | Op::Response) => self.abort(Reason::Protocol),
         }
-        let _ = now;
     }
 
     fn on_rst(&mut self) {
@@ -315,6 +383,13 @@ impl Connection {
     }
 
     fn on_shutdown(&mut self, flags: u32) {
+        if flags & SHUTDOWN_BOTH == SHUTDOWN_BOTH && !self.guest_finished {
+            // The guest's kernel waits for the RST before it gives up the port.
+            let opening = matches!(self.host, Host::Handshake);
+            self.rst_due = true;
+            self.cut(if opening { Reason::GuestClosed } else { Reason::GuestReset });
+            return;
+        }
         if flags & SHUTDOWN_SEND != 0 {
             self.guest_finished = true;
         }
@@ -371,16 +446,24 @@ impl Connection {
             return;
         }
         if self.guest == Guest::Gone {
-            if let Host::Attached(_) = &self.host
-                && let Host::Attached(fd) = std::mem::replace(&mut self.host, Host::Closed)
-            {
-                fd.close();
-            }
+            self.leave_host();
         } else if let Host::Attached(fd) = &self.host
             && !self.write_closed
         {
             self.write_closed = true;
             fd.finish_writing();
+        }
+    }
+
+    /// All is written and read: closes the fd, as soon as that loses nothing.
+    fn leave_host(&mut self) {
+        match std::mem::replace(&mut self.host, Host::Closed) {
+            Host::Attached(fd) => {
+                if let Some(fd) = fd.close() {
+                    self.host = Host::Leaving { fd, until: Instant::now() + LEAVE_TIMEOUT };
+                }
+            }
+            other => self.host = other,
         }
     }
 
@@ -412,8 +495,12 @@ impl Connection {
         self.readable && !self.host_finished && self.attached()
     }
 
+    fn preamble_left(&self) -> bool {
+        self.preamble_sent < self.preamble.len()
+    }
+
     fn held_up(&self) -> bool {
-        self.preamble_sent < self.preamble.len() || self.may_read()
+        self.preamble_left() || self.may_read()
     }
 
     /// Whether [`Self::fill`] would have something for the guest.
@@ -431,9 +518,71 @@ impl Connection {
         }
     }
 
-    /// Sends at most one packet, and reads from the fd only because `permit` says that the guest can take it.
-    /// Returns the payload bytes sent, `None` when there was no packet to send.
-    pub fn fill(&mut self, permit: RxPermit<'_, '_, '_>, now: Instant) -> Option<usize> {
+    /// Sends up to `most` packets, and reads from the fd only what the guest can take.
+    pub fn fill(&mut self, rx: &mut RxQueue<'_, '_>, most: usize, now: Instant) -> Turn {
+        let mut turn = Turn::default();
+        while turn.packets < most && self.wants_permit() {
+            if self.guest == Guest::Open && !self.preamble_left() && self.may_read() {
+                // One buffer where hardly anything can be left: looking at sixteen for nothing has its price.
+                let most = if self.emptied { 1 } else { most - turn.packets };
+                if let Some((packets, bytes)) = self.fill_from_fd(rx, most) {
+                    turn.packets += packets;
+                    turn.bytes += bytes;
+                    continue;
+                }
+            }
+            let Some(permit) = rx.permit() else {
+                turn.starved = true;
+                break;
+            };
+            let Some(bytes) = self.fill_one(permit, now) else {
+                break;
+            };
+            turn.packets += 1;
+            turn.bytes += bytes;
+        }
+        turn
+    }
+
+    /// Reads once into as many packets as the guest's buffers and its credit allow; what was sent. `None` where
+    /// nothing can be read: it is something else's turn.
+    fn fill_from_fd(&mut self, rx: &mut RxQueue<'_, '_>, most: usize) -> Option<(usize, usize)> {
+        let Host::Attached(fd) = &self.host else {
+            return None;
+        };
+        let outgoing = &self.outgoing;
+        let mut batch = rx.permits(most.min(outgoing.packets()), |planned| outgoing.allowance_after(planned));
+        if batch.is_empty() {
+            return None;
+        }
+        let room = batch.payload();
+        let (read, end) = fd.read_into(&room);
+        self.emptied = read < room.len();
+        match end {
+            End::More => {}
+            End::Blocked => self.readable = false,
+            End::Eof => self.host_finished = true,
+            End::Failed(error) => {
+                tracing::debug!(%error, ?self.ports, "the host's end cannot be read");
+                self.abort(Reason::HostClosed);
+            }
+        }
+        if read == 0 {
+            return Some((0, 0));
+        }
+        // The same credit in all of them: it cannot change meanwhile.
+        let header = self.header(Op::Rw);
+        let outgoing = &mut self.outgoing;
+        let packets = batch.send(read, |len| {
+            outgoing.sent(len);
+            Header { len: len as u32, ..header }
+        });
+        self.update_asked = false;
+        Some((packets, read))
+    }
+
+    /// Sends one packet that does not come from the fd; its payload bytes, `None` where there is none to send.
+    fn fill_one(&mut self, permit: RxPermit<'_, '_, '_>, now: Instant) -> Option<usize> {
         match self.guest {
             Guest::Waiting => {
                 self.guest = Guest::Requested;
@@ -442,25 +591,16 @@ impl Connection {
             Guest::Open => {}
             Guest::Requested | Guest::Closing { .. } | Guest::Gone => return None,
         }
-        let allowance = self.outgoing.allowance();
-        if self.held_up() && allowance > 0 {
-            let room = permit.payload(allowance);
+        if self.held_up() && self.outgoing.allowance() > 0 {
+            let room = permit.payload(self.outgoing.allowance());
             if room.is_empty() {
                 // A chain with room for a header alone is used up, or it would be offered again for ever.
                 return Some(self.send(permit, Op::CreditUpdate, 0, 0));
             }
-            if self.preamble_sent < self.preamble.len() {
+            if self.preamble_left() {
                 let sent = room.copy_from(&self.preamble[self.preamble_sent..]);
                 self.preamble_sent += sent;
                 return Some(self.send(permit, Op::Rw, 0, sent));
-            }
-            let read = self.read(&room);
-            if self.read_error && read == 0 {
-                self.abort(Reason::HostClosed);
-                return None;
-            }
-            if read > 0 {
-                return Some(self.send(permit, Op::Rw, 0, read));
             }
         }
         if self.host_finished && self.attached() && !self.told_finished {
@@ -472,9 +612,7 @@ impl Connection {
         }
         if self.both_finished() {
             self.guest = Guest::Closing { until: now + CLOSE_TIMEOUT };
-            if let Host::Attached(fd) = std::mem::replace(&mut self.host, Host::Closed) {
-                fd.close();
-            }
+            self.leave_host();
             return Some(self.send(permit, Op::Shutdown, SHUTDOWN_BOTH, 0));
         }
         if self.update_asked || self.incoming.update_due() {
@@ -485,26 +623,6 @@ impl Connection {
             return Some(self.send(permit, Op::CreditRequest, 0, 0));
         }
         None
-    }
-
-    fn read(&mut self, room: &Segments<'_>) -> usize {
-        let Host::Attached(fd) = &self.host else {
-            return 0;
-        };
-        if self.read_error {
-            return 0;
-        }
-        let (read, end) = fd.read_into(room);
-        match end {
-            End::More => {}
-            End::Blocked => self.readable = false,
-            End::Eof => self.host_finished = true,
-            End::Failed(error) => {
-                tracing::debug!(%error, ?self.ports, "the host's end cannot be read");
-                self.read_error = true;
-            }
-        }
-        read
     }
 
     fn header(&mut self, op: Op) -> Header {

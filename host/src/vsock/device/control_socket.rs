@@ -21,8 +21,8 @@ pub struct Record {
     pub fd: Option<OwnedFd>,
 }
 
-/// Receives one record from a SOCK_SEQPACKET socket; `None` at its end. Fds are close-on-exec, and only the first one
-/// is kept.
+/// Receives one record from a SOCK_SEQPACKET socket; `None` at its end. Fds are close-on-exec. Where there are several,
+/// or the kernel had to leave some out, all are closed: which of them was meant cannot be told.
 pub fn receive(socket: impl AsFd) -> io::Result<Option<Record>> {
     let mut bytes = vec![0; MAX_MESSAGE + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
@@ -34,11 +34,26 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Record>> {
             other => break other?,
         }
     };
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    let fd = fds.next().and_then(|mut fds| fds.next());
+    let mut fds: Vec<OwnedFd> = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    // > MSG_CTRUNC indicates that some control data was discarded due to lack of space in the buffer for ancillary
+    // > data (recvmsg(2)); also when the table of open files is full.
+    let truncated = received.flags.contains(ReturnFlags::CTRUNC);
+    if truncated || fds.len() > 1 {
+        tracing::warn!(
+            kept = fds.len(),
+            truncated,
+            "a control record came with too many fds, or there was no room"
+        );
+        fds.clear();
+    }
+    let fd = fds.pop();
     if received.flags.contains(ReturnFlags::TRUNC) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "control record too long"));
     }

@@ -53,17 +53,26 @@ impl Outgoing {
         self.peer_forwarded = fwd_cnt;
     }
 
+    /// Packets that may be sent now, within what [`Self::allowance`] says of their bytes.
+    pub fn packets(&self) -> usize {
+        let most = ((self.peer_alloc / PACKET_OVERHEAD) as usize).saturating_sub(1).clamp(1, MOST_PACKETS);
+        most.saturating_sub(self.under_way.len())
+    }
+
     /// Bytes that may be sent now. 0 also where only a sliver would fit, or too many packets are under way: both
     /// would cost the guest more buffer than the credit says.
     pub fn allowance(&self) -> usize {
-        let in_flight = self.in_flight();
-        let free = self.peer_alloc.saturating_sub(in_flight);
-        let most_packets =
-            ((self.peer_alloc / PACKET_OVERHEAD) as usize).saturating_sub(1).clamp(1, MOST_PACKETS);
-        if self.under_way.len() >= most_packets || (in_flight > 0 && free < FULL_PACKET) {
+        self.allowance_after(0)
+    }
+
+    /// As [`Self::allowance`], were `planned` bytes more under way. The packets are counted by who plans.
+    pub fn allowance_after(&self, planned: usize) -> usize {
+        let in_flight = (self.in_flight() as usize).saturating_add(planned);
+        let free = (self.peer_alloc as usize).saturating_sub(in_flight);
+        if self.packets() == 0 || (in_flight > 0 && free < FULL_PACKET as usize) {
             return 0;
         }
-        free as usize
+        free
     }
 
     /// Counts a packet of `len` bytes as sent.

@@ -1,15 +1,17 @@
 //! The host's end of a connection: one stream socket, non-blocking, watched while it is open.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use rustix::net::{SendFlags, Shutdown, SocketType};
-use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
+use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketType};
 
 use super::queue::Segments;
+
+/// Pieces of guest memory in one read or write: 16 receive buffers of a Linux guest, or one of its largest packets.
+const MOST_PIECES: usize = 64;
 
 /// Why a transfer stopped.
 #[derive(Debug)]
@@ -30,6 +32,7 @@ pub enum End {
 pub struct HostFd {
     fd: OwnedFd,
     epoll: Arc<Epoll>,
+    local: bool,
 }
 
 impl HostFd {
@@ -40,61 +43,57 @@ impl HostFd {
             if rustix::net::sockopt::socket_type(&fd)? != SocketType::STREAM {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
+            let local = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::UNIX;
             rustix::io::ioctl_fionbio(&fd, true)?;
             let events =
                 EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
             epoll.add(&fd, EpollEvent::new(events, token))?;
-            Ok(())
+            Ok(local)
         })();
         match prepared {
-            Ok(()) => Ok(Self { fd, epoll: Arc::clone(epoll) }),
+            Ok(local) => Ok(Self { fd, epoll: Arc::clone(epoll), local }),
             Err(error) => Err((fd, error)),
         }
     }
 
-    /// Reads straight into guest memory.
+    /// Reads once, straight into guest memory.
     pub fn read_into(&self, segments: &Segments<'_>) -> (usize, End) {
-        let mut done = 0;
-        for piece in segments.pieces() {
-            let mut piece = *piece;
-            loop {
-                match self.fd.as_fd().read_volatile(&mut piece) {
-                    Ok(0) => return (done, End::Eof),
-                    Ok(n) => {
-                        done += n;
-                        if n < piece.len() {
-                            return (done, End::More);
-                        }
-                        break;
+        let (pieces, count) = pieces(segments);
+        loop {
+            // SAFETY: the first `count` pieces are mapped guest memory for as long as `segments` lives. Anybody may
+            // write to it at any time, so that no reference to it exists.
+            let got = unsafe { libc::readv(self.fd.as_raw_fd(), pieces.as_ptr(), count as libc::c_int) };
+            match usize::try_from(got) {
+                Ok(0) => return (0, End::Eof),
+                Ok(some) => return (some, End::More),
+                Err(_) => {
+                    if let Some(end) = classify(io::Error::last_os_error()) {
+                        return (0, end);
                     }
-                    Err(error) => match classify(volatile(error)) {
-                        None => continue,
-                        Some(end) => return (done, end),
-                    },
                 }
             }
         }
-        (done, End::More)
     }
 
-    /// Writes straight from guest memory.
+    /// Writes straight from guest memory, until all is written or the socket takes no more.
     pub fn write_from(&self, segments: &Segments<'_>) -> (usize, End) {
+        let len = segments.len();
         let mut done = 0;
-        for piece in segments.pieces() {
-            let mut rest = *piece;
-            while !rest.is_empty() {
-                match self.fd.as_fd().write_volatile(&rest) {
-                    Ok(n) => {
-                        done += n;
-                        match rest.offset(n) {
-                            Ok(after) => rest = after,
-                            Err(_) => break,
-                        }
+        while done < len {
+            let rest = segments.range(done, len - done);
+            let (mut pieces, count) = pieces(&rest);
+            // SAFETY: an all-zero message header is a valid one without address, data and ancillary data.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = pieces.as_mut_ptr();
+            message.msg_iovlen = count as _;
+            // SAFETY: as in `read_into`; the kernel reads `count` pieces and keeps nothing.
+            let sent = unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+            match usize::try_from(sent) {
+                Ok(some) => done += some,
+                Err(_) => {
+                    if let Some(end) = classify(io::Error::last_os_error()) {
+                        return (done, end);
                     }
-                    Err(error) => match classify(volatile(error)) {
-                        None => continue,
-                        Some(end) => return (done, end),
-                    },
                 }
             }
         }
@@ -124,7 +123,11 @@ impl HostFd {
 
     /// Refuses what the other side may still send.
     pub fn finish_reading(&self) {
-        let _ = rustix::net::shutdown(&self.fd, Shutdown::Read);
+        // TCP takes data after that all the same; but once our FIN is out it answers data with an RST, and throws away
+        // what the client has not read (Linux, `tcp_rcv_state_process`).
+        if self.local {
+            let _ = rustix::net::shutdown(&self.fd, Shutdown::Read);
+        }
     }
 
     /// The error that an event spoke of, if there is one.
@@ -135,17 +138,35 @@ impl HostFd {
         }
     }
 
-    /// Closes after everything was delivered.
-    pub fn close(self) {
+    /// Ends it so that all that was written arrives; `Some` where it must be kept for that until
+    /// [`Self::delivered`] says so.
+    pub fn close(self) -> Option<Self> {
         self.finish_writing();
-        // Unread bytes would turn the close into a reset, and that can overtake the last bytes to the client.
-        let mut scratch = [0; 4096];
-        for _ in 0..16 {
+        self.finish_reading();
+        if self.delivered() { None } else { Some(self) }
+    }
+
+    /// Discards what still comes, and tells whether nothing is lost when the socket is closed now.
+    pub fn delivered(&self) -> bool {
+        // Unread bytes would turn the close into a reset, and that throws away what the client has not read.
+        let mut scratch = [0; 16 << 10];
+        loop {
             match rustix::io::read(&self.fd, &mut scratch) {
-                Ok(1..) => {}
-                _ => break,
+                Ok(1..) | Err(rustix::io::Errno::INTR) => {}
+                Ok(0) => return self.local || self.acknowledged(),
+                // A local client has the bytes, and can send no more.
+                Err(rustix::io::Errno::AGAIN) => return self.local,
+                Err(_) => return true,
             }
         }
+    }
+
+    /// Whether the other side's kernel has everything that was written. Where a socket cannot tell, it has.
+    pub fn acknowledged(&self) -> bool {
+        let mut unsent: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ (SIOCOUTQ, tcp(7)) stores one int.
+        let told = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &mut unsent) };
+        told != 0 || unsent == 0
     }
 
     /// Closes so that a TCP client sees a reset: data was cut.
@@ -156,7 +177,7 @@ impl HostFd {
 
 impl Drop for HostFd {
     fn drop(&mut self) {
-        let _ = self.epoll.delete(&self.fd);
+        let _ = self.epoll.delete(self.fd.as_fd());
     }
 }
 
@@ -166,11 +187,17 @@ pub fn reset(fd: &OwnedFd) {
     let _ = rustix::net::sockopt::set_socket_linger(fd, Some(Duration::ZERO));
 }
 
-fn volatile(error: VolatileMemoryError) -> io::Error {
-    match error {
-        VolatileMemoryError::IOError(error) => error,
-        other => io::Error::other(other),
+/// The first pieces of `segments` for the kernel, and how many they are.
+fn pieces(segments: &Segments<'_>) -> ([libc::iovec; MOST_PIECES], usize) {
+    let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+    let mut pieces = [none; MOST_PIECES];
+    let mut count = 0;
+    for (piece, slice) in pieces.iter_mut().zip(segments.pieces()) {
+        piece.iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        piece.iov_len = slice.len();
+        count += 1;
     }
+    (pieces, count)
 }
 
 fn classify(error: io::Error) -> Option<End> {

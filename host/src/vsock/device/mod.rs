@@ -9,7 +9,7 @@
 //!
 //! The data path is one thread, the event loop of `vhost-user-backend`; the thread that reads vhost-user messages
 //! stops it by the backend's lock. After start the device opens no file and creates no socket: it accepts
-//! supervisors and receives fds.
+//! supervisors and receives fds, and can do nothing else (`confine.rs`).
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -22,6 +22,7 @@ use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
 
 mod backend;
+mod confine;
 mod connection;
 pub mod control;
 pub(super) mod control_socket;
@@ -61,12 +62,15 @@ pub enum DeviceError {
     /// Something the device needs from the kernel at its start.
     #[error("the vsock device cannot start")]
     Start(#[source] std::io::Error),
+    /// It does not serve without its confinement.
+    #[error("the vsock device could not confine itself: {0}")]
+    Confine(String),
     /// The vhost-user connection failed.
     #[error("the vsock device's connection to QEMU failed: {0}")]
     VhostUser(String),
 }
 
-/// Serves one QEMU until it disconnects.
+/// Serves one QEMU until it disconnects. Confines the process for good: it can do nothing else afterwards.
 pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     if args.guest_cid <= packet::HOST_CID || args.guest_cid >= u64::from(u32::MAX) {
         return Err(DeviceError::GuestCid(args.guest_cid));
@@ -85,6 +89,7 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     let mut listener = Listener::from(UnixListener::from(args.vhost_listener));
     daemon.start(&mut listener).map_err(vhost_user)?;
     drop(listener);
+    confine::enter().map_err(DeviceError::Confine)?;
     tracing::info!(guest_cid = args.guest_cid, "QEMU connected");
     let ended = daemon.wait();
     for handler in daemon.get_epoll_handlers() {

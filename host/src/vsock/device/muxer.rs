@@ -134,6 +134,9 @@ impl Muxer {
         reply_len: usize,
         deadline: Instant,
     ) {
+        if self.free.is_empty() {
+            self.make_room();
+        }
         let Some(index) = self.free.pop() else {
             self.stats.failed += 1;
             self.notices.push((owner.control, FromDevice::Failed { id: owner.id, reason: Reason::TooMany }));
@@ -147,6 +150,15 @@ impl Muxer {
         self.by_ports.insert(ports, index);
         self.by_owner.insert(owner, index);
         self.settle(index);
+    }
+
+    /// Lets those go that only wait for their client to close its end.
+    fn make_room(&mut self) {
+        for index in 0..self.slots.len() {
+            if self.slot_mut(index).is_some_and(|slot| slot.connection.make_room()) {
+                self.settle(index);
+            }
+        }
     }
 
     /// A supervisor hands over the fd of a stream that is open.
@@ -244,7 +256,7 @@ impl Muxer {
     }
 
     /// A chain of the guest's TX queue, good or bad.
-    pub fn on_guest_packet(&mut self, packet: Result<TxPacket<'_>, ChainError>, now: Instant) {
+    pub fn on_guest_packet(&mut self, packet: Result<TxPacket<'_>, ChainError>) {
         let (header, payload) = match packet {
             Ok(TxPacket { header, payload }) => (header, Ok(payload)),
             Err(error) => {
@@ -275,7 +287,7 @@ impl Muxer {
             match payload {
                 Ok(payload) => {
                     self.stats.bytes_from_guest += payload.len() as u64;
-                    slot.connection.on_packet(&header, &payload, now);
+                    slot.connection.on_packet(&header, &payload);
                 }
                 Err(()) => slot.connection.abort(Reason::Protocol),
             }
@@ -303,12 +315,12 @@ impl Muxer {
             let Some(slot) = self.slot_mut(index) else {
                 continue;
             };
-            let (opening, closing) = (slot.deadline, slot.connection.close_deadline());
+            let (opening, closing) = (slot.deadline, slot.connection.deadline());
             if opening.is_some_and(|at| at <= now) {
                 slot.connection.abort(Reason::Deadline);
                 self.settle(index);
             } else if closing.is_some_and(|at| at <= now) {
-                slot.connection.abort(Reason::GuestClosed);
+                slot.connection.expire(now);
                 self.settle(index);
             } else {
                 next = [next, opening, closing].into_iter().flatten().min();
@@ -334,34 +346,24 @@ impl Muxer {
             self.stray_resets = self.stray_resets.min(self.resets.len());
         }
         while let Some(&index) = self.ready.front() {
-            for sent in 0..TURN {
-                let Some(slot) = self.slots[index].1.as_mut() else {
-                    break;
-                };
-                if !slot.connection.wants_permit() {
-                    break;
-                }
-                let permit = if budget > 0 { rx.permit() } else { None };
-                let Some(permit) = permit else {
+            if budget == 0 {
+                return Pumped::More;
+            }
+            if let Some(slot) = self.slots[index].1.as_mut() {
+                let turn = slot.connection.fill(rx, TURN.min(budget), now);
+                budget -= turn.packets;
+                self.stats.bytes_to_guest += turn.bytes as u64;
+                if turn.starved {
                     // Its turn is over where it has sent anything: else a guest that posts few buffers at a time
                     // would feed them all to one connection.
-                    if sent > 0 {
+                    if turn.packets > 0 {
                         self.ready.rotate_left(1);
                     }
-                    return if budget > 0 { Pumped::Starved } else { Pumped::More };
-                };
-                match slot.connection.fill(permit, now) {
-                    Some(sent) => {
-                        budget -= 1;
-                        self.stats.bytes_to_guest += sent as u64;
-                    }
-                    None => break,
+                    return Pumped::Starved;
                 }
-            }
-            self.ready.pop_front();
-            if let Some(slot) = self.slot_mut(index) {
                 slot.queued = false;
             }
+            self.ready.pop_front();
             self.settle(index);
         }
         if self.resets.is_empty() { Pumped::Idle } else { Pumped::More }
@@ -418,7 +420,7 @@ impl Muxer {
             }
             return;
         }
-        let deadlines = [self.earliest, slot.deadline, slot.connection.close_deadline()];
+        let deadlines = [self.earliest, slot.deadline, slot.connection.deadline()];
         self.earliest = deadlines.into_iter().flatten().min();
         if !slot.queued && slot.connection.wants_permit() {
             slot.queued = true;

@@ -199,6 +199,11 @@ impl<'q, 'm> RxQueue<'q, 'm> {
         self.used
     }
 
+    /// Asks the guest to kick when it posts chains; whether it has posted some already.
+    pub fn ask_for_kicks(&mut self) -> bool {
+        self.queue.enable_notification(self.memory).unwrap_or(false)
+    }
+
     /// Takes the next chain that can hold a header, if the guest has posted one. Chains that cannot are given back
     /// empty.
     pub fn permit(&mut self) -> Option<RxPermit<'_, 'q, 'm>> {
@@ -218,6 +223,31 @@ impl<'q, 'm> RxQueue<'q, 'm> {
                 _ => self.give_back(head, 0),
             }
         }
+    }
+
+    /// Takes up to `most` chains with room for payload, and of it as many bytes as `allowed` says, given the bytes
+    /// that the chains before have room for. Chains that it leaves are the next ones again.
+    pub fn permits(&mut self, most: usize, allowed: impl Fn(usize) -> usize) -> RxBatch<'_, 'q, 'm> {
+        let mut batch = RxBatch { rx: self, chains: Vec::with_capacity(most), pieces: Vec::new(), spent: 0 };
+        let mut before = 0;
+        while batch.chains.len() < most {
+            let most = allowed(before);
+            if most == 0 {
+                break;
+            }
+            let Some(mut permit) = batch.rx.permit() else { break };
+            let payload = permit.payload(most);
+            if payload.is_empty() {
+                break;
+            }
+            permit.spent = true;
+            let (head, header) = (permit.head, permit.room.range(0, HEADER_LEN));
+            drop(permit);
+            before += payload.len();
+            batch.chains.push(RxChain { head, header, room: payload.len() });
+            batch.pieces.extend(payload.pieces);
+        }
+        batch
     }
 
     fn give_back(&mut self, head: u16, len: u32) {
@@ -255,6 +285,59 @@ impl<'m> RxPermit<'_, '_, 'm> {
 impl Drop for RxPermit<'_, '_, '_> {
     fn drop(&mut self) {
         if !self.spent {
+            self.rx.queue.go_to_previous_position();
+        }
+    }
+}
+
+#[derive(Debug)]
+struct RxChain<'m> {
+    head: u16,
+    header: Segments<'m>,
+    /// Payload bytes.
+    room: usize,
+}
+
+/// Permits for several packets of one connection, so that one read fills them all. Dropped, those that were not
+/// spent are the next chains again.
+pub struct RxBatch<'r, 'q, 'm> {
+    rx: &'r mut RxQueue<'q, 'm>,
+    chains: Vec<RxChain<'m>>,
+    pieces: Vec<VolatileSlice<'m>>,
+    spent: usize,
+}
+
+impl<'m> RxBatch<'_, '_, 'm> {
+    /// Whether the guest has posted no chain to begin with.
+    pub fn is_empty(&self) -> bool {
+        self.chains.is_empty()
+    }
+
+    /// Where the payload goes, across all packets.
+    pub fn payload(&mut self) -> Segments<'m> {
+        Segments { pieces: std::mem::take(&mut self.pieces) }
+    }
+
+    /// Hands over as many packets as `len` payload bytes fill, which are in place already; `header` gives each one
+    /// its header, told its length. Returns how many they were.
+    pub fn send(mut self, len: usize, mut header: impl FnMut(usize) -> Header) -> usize {
+        let mut left = len;
+        while left > 0
+            && let Some(chain) = self.chains.get(self.spent)
+        {
+            let part = chain.room.min(left);
+            chain.header.copy_from(&header(part).encode());
+            self.rx.give_back(chain.head, (HEADER_LEN + part) as u32);
+            self.spent += 1;
+            left -= part;
+        }
+        self.spent
+    }
+}
+
+impl Drop for RxBatch<'_, '_, '_> {
+    fn drop(&mut self) {
+        for _ in self.spent..self.chains.len() {
             self.rx.queue.go_to_previous_position();
         }
     }

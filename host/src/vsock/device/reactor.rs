@@ -89,9 +89,6 @@ impl Reactor {
 
     /// Takes what has happened on the host's side.
     pub fn turn(&mut self) {
-        if self.accept_later {
-            self.accept();
-        }
         let mut events = [EpollEvent::empty(); EVENTS];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         for event in &events[..count] {
@@ -114,6 +111,10 @@ impl Reactor {
     /// Ends a turn: answers go out, and the timer is set for the next deadline.
     pub fn finish(&mut self, now: Instant) {
         let next = self.muxer.expire(now);
+        if self.accept_later {
+            // A connection may have ended in this turn, and its fd is free.
+            self.accept();
+        }
         let mut broken = Vec::new();
         for (to, message) in self.muxer.take_notices() {
             self.answer(to, &message);

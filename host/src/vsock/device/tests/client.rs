@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::super::super::client::DeviceClient;
 use super::super::super::{OpenRequest, Transport, TransportError};
-use super::super::packet::{Op, SHUTDOWN_BOTH};
+use super::super::packet::{Op, SHUTDOWN_SEND};
 use super::guest::{Guest, Stream};
 
 /// A guest in a thread of its own: refuses port 1, is silent on port 2, echoes on others.
@@ -40,7 +40,8 @@ impl Running {
                         (Some(Op::Request), 2) => {}
                         (Some(Op::Request), _) => guest.send(stream.header(Op::Response), &[], &[]),
                         (Some(Op::Rw), _) => guest.send(stream.header(Op::Rw), &payload, &[]),
-                        (Some(Op::Shutdown), _) => guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]),
+                        (Some(Op::Shutdown), _) if header.flags == SHUTDOWN_SEND => guest.finish(&stream),
+                        (Some(Op::Shutdown), _) => guest.send(stream.header(Op::Rst), &[], &[]),
                         _ => {}
                     }
                 }

@@ -1,6 +1,7 @@
 //! A guest driver for tests: rings in real guest memory, a backend behind them, a supervisor's control connection.
 
 use std::collections::VecDeque;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::backend::{Backend, REACTOR_EVENT};
 use super::super::control::{FromDevice, ToDevice};
 use super::super::control_socket;
-use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
+use super::super::packet::{HEADER_LEN, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM};
 use super::super::queue::Memory;
 use super::super::reactor::Reactor;
 
@@ -23,32 +24,34 @@ pub const RING: u16 = 128;
 /// What the guest grants unless a test says otherwise: Linux's default.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-const RX_RING: u64 = 0x1000;
-const TX_RING: u64 = 0x1_0000;
+/// Bytes of memory.
+pub const MEMORY: usize = 16 << 20;
+pub const RX_RING: u64 = 0x1000;
+pub const TX_RING: u64 = 0x1_0000;
 const RX_BUFFERS: u64 = 0x10_0000;
 const TX_BUFFERS: u64 = 0x40_0000;
 const TABLES: u64 = 0xf0_0000;
 
-struct Ring {
+pub struct Ring {
     at: u64,
-    avail: u16,
-    seen: u16,
+    pub avail: u16,
+    pub seen: u16,
 }
 
 impl Ring {
     fn new(at: u64) -> Self {
         Self { at, avail: 0, seen: 0 }
     }
-    fn avail_at(&self) -> u64 {
+    pub fn avail_at(&self) -> u64 {
         self.at + 0x4000
     }
-    fn used_at(&self) -> u64 {
+    pub fn used_at(&self) -> u64 {
         self.at + 0x8000
     }
-    fn describe(&self, memory: &Memory, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+    pub fn describe(&self, memory: &Memory, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         describe(memory, self.at, index, addr, len, flags, next);
     }
-    fn publish(&mut self, memory: &Memory, head: u16) {
+    pub fn publish(&mut self, memory: &Memory, head: u16) {
         let slot = u64::from(self.avail % RING);
         memory.write_obj(head, GuestAddress(self.avail_at() + 4 + 2 * slot)).unwrap();
         self.avail = self.avail.wrapping_add(1);
@@ -68,7 +71,7 @@ impl Ring {
     }
 }
 
-fn describe(memory: &Memory, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+pub fn describe(memory: &Memory, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
     let at = table + 16 * u64::from(index);
     memory.write_obj(addr, GuestAddress(at)).unwrap();
     memory.write_obj(len, GuestAddress(at + 8)).unwrap();
@@ -85,72 +88,41 @@ pub enum RxLayout {
     HeaderApart,
     /// Pieces of 1,000 bytes.
     Pieces,
+    /// One descriptor, each of another length.
+    Odd,
 }
 
 impl RxLayout {
     fn lens(self) -> &'static [u32] {
         match self {
-            Self::One => &[4096],
+            Self::One | Self::Odd => &[4096],
             Self::HeaderApart => &[44, 4096],
             Self::Pieces => &[1000, 1000, 1000, 1000],
         }
     }
 }
 
-pub struct Guest {
-    pub backend: Backend,
-    pub vrings: Vec<VringMutex>,
+/// The guest's driver: rings and buffers in its memory.
+pub struct Driver {
+    /// What came from the device.
     pub inbox: VecDeque<(Header, Vec<u8>)>,
-    pub control: OwnedFd,
     /// Post used RX buffers again at once.
     pub repost: bool,
     /// Send chains through an indirect table.
     pub indirect: bool,
-    memory: GuestMemoryAtomic<Memory>,
-    rx: Ring,
-    tx: Ring,
+    pub memory: GuestMemoryAtomic<Memory>,
+    pub rx: Ring,
+    pub tx: Ring,
     layout: RxLayout,
     tx_descriptors: u16,
     tx_bytes: u64,
-    address: SocketAddrUnix,
 }
 
-impl Guest {
-    pub fn new() -> Self {
-        Self::with(RxLayout::One, false)
-    }
-
-    pub fn with(layout: RxLayout, event_idx: bool) -> Self {
-        let mut guest = Self::off(layout);
-        for vring in &guest.vrings {
-            vring.set_queue_event_idx(event_idx);
-        }
-        guest.start();
-        guest.post_all();
-        guest
-    }
-
-    /// A guest whose driver is not ready.
-    pub fn off(layout: RxLayout) -> Self {
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
-        let memory = GuestMemoryAtomic::new(memory);
-        // An abstract name, so that nothing has to be cleaned up.
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let name = format!("dhow-device-test-{}-{count}", std::process::id());
-        let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
-        let listener = seqpacket();
-        rustix::net::bind(&listener, &address).unwrap();
-        rustix::net::listen(&listener, 8).unwrap();
-        let reactor = Reactor::new(CID, listener).unwrap();
-        let control = connect(&address);
-        let backend = Backend::new(CID, memory.clone(), reactor);
-        let vrings = (0..3).map(|_| VringMutex::new(memory.clone(), 1024).unwrap()).collect();
+impl Driver {
+    /// A driver in `memory`, whose rings are at [`RX_RING`] and [`TX_RING`].
+    pub fn new(memory: GuestMemoryAtomic<Memory>, layout: RxLayout) -> Self {
         Self {
-            backend,
-            vrings,
             inbox: VecDeque::new(),
-            control,
             repost: true,
             indirect: false,
             memory,
@@ -159,21 +131,7 @@ impl Guest {
             layout,
             tx_descriptors: 0,
             tx_bytes: 0,
-            address,
         }
-    }
-
-    pub fn start(&mut self) {
-        for (vring, at) in self.vrings.iter().zip([RX_RING, TX_RING]) {
-            vring.set_queue_size(RING);
-            vring.set_queue_info(at, at + 0x4000, at + 0x8000).unwrap();
-            vring.set_queue_ready(true);
-            vring.set_enabled(true);
-        }
-    }
-
-    pub fn connect(&self) -> OwnedFd {
-        connect(&self.address)
     }
 
     pub fn post_all(&mut self) {
@@ -192,6 +150,8 @@ impl Guest {
         let first = buffer * lens.len() as u16;
         let mut addr = RX_BUFFERS + u64::from(buffer) * 8192;
         for (i, len) in lens.iter().enumerate() {
+            let odd = [44, 45, 4096, 60, 2000, 8192, 44, 300][usize::from(buffer % 8)];
+            let len = if self.layout == RxLayout::Odd { &odd } else { len };
             let index = first + i as u16;
             let next = if i + 1 < lens.len() { 1 } else { 0 };
             self.rx.describe(&memory, index, addr, *len, 2 | next, index + 1);
@@ -238,25 +198,8 @@ impl Guest {
         self.tx.publish(&memory, head);
     }
 
-    /// Puts a packet into the TX queue and lets the device take it.
-    pub fn send(&mut self, header: Header, payload: &[u8], cuts: &[usize]) {
-        let header = Header { len: payload.len() as u32, ..header };
-        let mut bytes = header.encode().to_vec();
-        bytes.extend_from_slice(payload);
-        self.send_raw(&bytes, cuts);
-        self.step();
-    }
-
-    /// Lets the device do one turn; takes what it gave.
-    pub fn step(&mut self) {
-        let vrings = self.vrings.clone();
-        for event in [REACTOR_EVENT as u16, 1, 0] {
-            self.backend.handle_event(event, EventSet::IN, &vrings, 0).unwrap();
-        }
-        self.collect();
-    }
-
-    fn collect(&mut self) {
+    /// Takes what the device gave back.
+    pub fn collect(&mut self) {
         let memory = self.memory.memory();
         while let Some((_, len)) = self.tx.take_used(&memory) {
             assert_eq!(len, 0);
@@ -281,6 +224,100 @@ impl Guest {
     /// Every chain sent has come back.
     pub fn all_used(&self) -> bool {
         self.tx.seen == self.tx.avail
+    }
+}
+
+/// A driver with a device behind it, and a supervisor's connection to that.
+pub struct Guest {
+    pub backend: Backend,
+    pub vrings: Vec<VringMutex>,
+    pub control: OwnedFd,
+    driver: Driver,
+    address: SocketAddrUnix,
+}
+
+impl Deref for Guest {
+    type Target = Driver;
+    fn deref(&self) -> &Driver {
+        &self.driver
+    }
+}
+
+impl DerefMut for Guest {
+    fn deref_mut(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        Self::with(RxLayout::One, false)
+    }
+
+    pub fn with(layout: RxLayout, event_idx: bool) -> Self {
+        let mut guest = Self::off(layout);
+        for vring in &guest.vrings {
+            vring.set_queue_event_idx(event_idx);
+        }
+        guest.start();
+        guest.post_all();
+        guest
+    }
+
+    /// A guest whose driver is not ready.
+    pub fn off(layout: RxLayout) -> Self {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = GuestMemoryAtomic::new(memory);
+        // An abstract name, so that nothing has to be cleaned up.
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let name = format!("dhow-device-test-{}-{count}", std::process::id());
+        let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+        let listener = seqpacket();
+        rustix::net::bind(&listener, &address).unwrap();
+        rustix::net::listen(&listener, 8).unwrap();
+        let reactor = Reactor::new(CID, listener).unwrap();
+        let control = connect(&address);
+        let backend = Backend::new(CID, memory.clone(), reactor);
+        let vrings = (0..3).map(|_| VringMutex::new(memory.clone(), 1024).unwrap()).collect();
+        Self { backend, vrings, control, driver: Driver::new(memory, layout), address }
+    }
+
+    pub fn start(&mut self) {
+        for (vring, at) in self.vrings.iter().zip([RX_RING, TX_RING]) {
+            vring.set_queue_size(RING);
+            vring.set_queue_info(at, at + 0x4000, at + 0x8000).unwrap();
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+        }
+    }
+
+    pub fn connect(&self) -> OwnedFd {
+        connect(&self.address)
+    }
+
+    /// Puts a packet into the TX queue and lets the device take it.
+    pub fn send(&mut self, header: Header, payload: &[u8], cuts: &[usize]) {
+        let header = Header { len: payload.len() as u32, ..header };
+        let mut bytes = header.encode().to_vec();
+        bytes.extend_from_slice(payload);
+        self.send_raw(&bytes, cuts);
+        self.step();
+    }
+
+    /// Ends a stream as a program of the guest does that is done: `shutdown(SHUT_WR)`, then `close`.
+    pub fn finish(&mut self, stream: &Stream) {
+        self.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+        self.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    }
+
+    /// Lets the device do one turn; takes what it gave.
+    pub fn step(&mut self) {
+        let vrings = self.vrings.clone();
+        for event in [REACTOR_EVENT as u16, 1, 0] {
+            self.backend.handle_event(event, EventSet::IN, &vrings, 0).unwrap();
+        }
+        self.collect();
     }
 
     /// Whether the event loop would come back at once.
@@ -309,7 +346,7 @@ impl Guest {
 
     /// Turns until `done` has something.
     pub fn until<T>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<T>) -> T {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(got) = done(self) {
                 return got;
@@ -359,7 +396,7 @@ impl Guest {
             id,
             guest_port: 1000,
             reply_len,
-            deadline_ms: 10_000,
+            deadline_ms: 600_000,
             preamble: preamble.to_vec(),
         };
         self.ask(open, None);

@@ -131,7 +131,7 @@ fn a_flood_of_strays_without_buffers_is_bounded() {
 #[test]
 fn an_answer_out_of_turn_fails_the_open() {
     let mut guest = Guest::new();
-    let open = ToDevice::Open { id: 1, guest_port: 9, reply_len: 0, deadline_ms: 9999, preamble: vec![] };
+    let open = ToDevice::Open { id: 1, guest_port: 9, reply_len: 0, deadline_ms: 600_000, preamble: vec![] };
     guest.ask(open, None);
     let (request, _) = guest.expect(Op::Request);
     let stream = Stream { host_port: request.src_port, guest_port: 9, buf_alloc: 1, fwd_cnt: 0 };

@@ -6,3 +6,4 @@ mod client;
 mod guest;
 mod hostile;
 mod lifecycle;
+mod process;

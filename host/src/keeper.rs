@@ -132,9 +132,15 @@ pub fn spawn(profile: &ProfileName, paths: &Paths, adopt_only: bool) -> Result<(
             command.env(name, std::path::absolute(value).map_err(KeeperError::Spawn)?);
         }
     }
-    // SAFETY: setsid is async-signal-safe; a new session keeps the terminal's signals away.
+    // SAFETY: setsid and close_range are async-signal-safe.
     unsafe {
-        command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?));
+        command.pre_exec(|| {
+            // A new session keeps the terminal's signals away. What else this command was given, a
+            // shell's pipe perhaps, the keeper must not keep open for as long as the VM runs.
+            nix::unistd::setsid()?;
+            close_on_exec_from_3();
+            Ok(())
+        });
     }
     let mut child = command.spawn().map_err(KeeperError::Spawn)?;
     let mut report = String::new();
@@ -150,6 +156,14 @@ pub fn spawn(profile: &ProfileName, paths: &Paths, adopt_only: bool) -> Result<(
         report = format!("the keeper process ended at once ({status})");
     }
     Err(KeeperError::Reported(report))
+}
+
+/// Marks every fd above standard error as close-on-exec. Kernels below 5.11 cannot: then it is as it was.
+fn close_on_exec_from_3() {
+    // SAFETY: close_range(2) with CLOSE_RANGE_CLOEXEC closes nothing in this process.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    }
 }
 
 /// The supervisor's keeper is gone: makes this process the keeper, with what the old one held. Returns

@@ -321,19 +321,20 @@ impl Parent {
         }
         self.tell(&worker, &Tell::Ready { first: !self.begun }, &[]);
         self.begun = true;
-        for exit in self.untold.drain(..).collect::<Vec<_>>() {
-            self.tell(&worker, &exit, &[]);
-        }
+        self.tell_exits(&worker);
         // Only now: a worker that never reads must not block the loop above for ever, but what it
         // is given at its start fits the socket's buffer.
         rustix::io::ioctl_fionbio(&worker.socket, true)?;
         Ok(worker)
     }
 
-    fn tell(&self, worker: &Worker, message: &Tell, fds: &[BorrowedFd<'_>]) {
-        if let Err(error) = socket::send(worker.socket.as_fd(), message, fds) {
+    /// Whether the message was sent.
+    fn tell(&self, worker: &Worker, message: &Tell, fds: &[BorrowedFd<'_>]) -> bool {
+        let sent = socket::send(worker.socket.as_fd(), message, fds);
+        if let Err(error) = &sent {
             tracing::warn!(%error, ?message, "the worker does not listen");
         }
+        sent.is_ok()
     }
 
     /// Waits until a signal came, the worker wrote, a child ended, or it is `until`. SIGCHLD alone would
@@ -425,7 +426,9 @@ impl Parent {
                 self.tell(worker, &Tell::Spawned { id, pid }, &[pidfd.as_fd()]);
                 self.children.insert(pid, Child { name, pidfd, ours: true });
             }
-            Err(error) => self.tell(worker, &Tell::Refused { id, reason: error.to_string() }, &[]),
+            Err(error) => {
+                self.tell(worker, &Tell::Refused { id, reason: error.to_string() }, &[]);
+            }
         }
     }
 
@@ -455,9 +458,16 @@ impl Parent {
             self.untold.pop_front();
         }
         if let Some(worker) = worker {
-            for exit in self.untold.drain(..).collect::<Vec<_>>() {
-                self.tell(worker, &exit, &[]);
-            }
+            self.tell_exits(worker);
+        }
+    }
+
+    /// Tells the exits that no worker was told; one that has died does not take them with it.
+    fn tell_exits(&mut self, worker: &Worker) {
+        while let Some(exit) = self.untold.front()
+            && self.tell(worker, exit, &[])
+        {
+            self.untold.pop_front();
         }
     }
 

@@ -105,7 +105,9 @@ pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
     match client::status(paths).await {
         Ok(Some((report, keeper))) => document.add_report(report, keeper, paths),
         // It has ended while it was asked.
-        Ok(None) | Err(CommandError::Gone) => document.problem = document.problem.or_else(|| last_end(paths)),
+        Ok(None) | Err(CommandError::Gone) => {
+            document.problem = document.problem.or_else(|| crate::supervisor::last_end(paths))
+        }
         Err(error @ CommandError::Silent { .. }) => {
             document.state = SILENT;
             document.problem = Some(crate::errors::chain(&error));
@@ -265,10 +267,4 @@ impl From<GuestInfo> for Guest {
             mounts: info.mounts,
         }
     }
-}
-
-/// Why the VM ended by itself, where that was noted.
-fn last_end(paths: &Paths) -> Option<String> {
-    let text = std::fs::read_to_string(crate::supervisor::end_file(paths)).ok()?;
-    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }

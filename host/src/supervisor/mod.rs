@@ -51,7 +51,7 @@ use crate::config::{ConfigError, Paths, Profile, ProfileName};
 use crate::forward::{Forwards, Kept, Policy};
 use crate::keeper;
 use adopt::Found;
-pub(crate) use ending::end_file;
+pub(crate) use ending::last_end;
 pub(crate) use processes::has_ended;
 pub(crate) use record::Record;
 pub(crate) use start::context_file;

@@ -115,6 +115,17 @@ pub fn host_boot() -> io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Whether a VM was left without its record being removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Last {
+    /// No record.
+    None,
+    /// One of this boot of the host.
+    ThisBoot,
+    /// One of an earlier boot.
+    EarlierBoot,
+}
+
 impl Record {
     /// The record of a VM of this boot of the host; `None` where there is none. One that cannot be read
     /// is none either: whatever it was of then shows by the disk's lock.
@@ -128,11 +139,20 @@ impl Record {
                 return None;
             }
         };
-        if host_boot().ok().as_ref() != Some(&record.host_boot) {
-            tracing::info!("the record is of a VM before the host's last boot");
-            return None;
+        record.is_of_this_boot().then_some(record)
+    }
+
+    /// What kind of record is there, read or not.
+    pub fn last(paths: &Paths) -> Last {
+        match Self::parse(&file(paths)) {
+            Ok(record) if record.is_of_this_boot() => Last::ThisBoot,
+            Ok(_) => Last::EarlierBoot,
+            Err(_) => Last::None,
         }
-        Some(record)
+    }
+
+    fn is_of_this_boot(&self) -> bool {
+        host_boot().ok().as_ref() == Some(&self.host_boot)
     }
 
     fn parse(path: &Path) -> io::Result<Self> {
@@ -239,6 +259,7 @@ mod tests {
         assert_eq!(Record::read(&paths), None);
         record().write(&paths).unwrap();
         assert_eq!(Record::read(&paths), Some(record()));
+        assert_eq!(Record::last(&paths), Last::ThisBoot);
         Record::remove(&paths);
         Record::remove(&paths);
         assert_eq!(Record::read(&paths), None);
@@ -251,9 +272,10 @@ mod tests {
         for bytes in [&b""[..], b"\x00", b"\x01\x00", &[0xff; 64]] {
             std::fs::write(file(&paths), bytes).unwrap();
             assert_eq!(Record::read(&paths), None, "{bytes:?}");
+            assert_eq!(Record::last(&paths), Last::None);
         }
         Record { host_boot: "another".to_owned(), ..record() }.write(&paths).unwrap();
-        assert_eq!(Record::read(&paths), None);
+        assert_eq!((Record::read(&paths), Record::last(&paths)), (None, Last::EarlierBoot));
     }
 
     #[test]

@@ -36,10 +36,11 @@ fn seqpacket() -> OwnedFd {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
 }
 
-fn again(test: &str) -> Command {
+/// This test binary, to run one test that is a process for others.
+pub fn again(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--ignored", "--exact", "--nocapture", &format!("vsock::device::tests::process::{test}")])
+        .args(["--ignored", "--exact", "--nocapture", &format!("vsock::device::tests::{test}")])
         .stdin(Stdio::null());
     command
 }
@@ -102,7 +103,7 @@ fn confined_process() {
 }
 
 fn confined(deed: &str) -> Output {
-    again("confined_process").env(DEED, deed).env("RUST_BACKTRACE", "1").output().unwrap()
+    again("process::confined_process").env(DEED, deed).env("RUST_BACKTRACE", "1").output().unwrap()
 }
 
 #[test]
@@ -139,7 +140,8 @@ struct Machine {
 
 impl Machine {
     fn start(folder: &Path) -> Self {
-        let child = again("device_process").env(FOLDER, folder).stdout(Stdio::piped()).spawn().unwrap();
+        let child =
+            again("process::device_process").env(FOLDER, folder).stdout(Stdio::piped()).spawn().unwrap();
         let process = Process(child);
         let socket = retry(|| UnixStream::connect(folder.join("vhost")));
         let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

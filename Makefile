@@ -1,9 +1,56 @@
-# `make test` passes the tests, `make check` the gate that needs no VM.
-.PHONY: check test
-check:
-	cargo fmt --check
-	cargo clippy --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+# `make run` does all the set-up and runs the main job; `make test` does all the set-up and passes the tests.
+# Each step is done only when it has something to do.
+SHELL := /bin/bash
+export PATH := $(PATH):$(HOME)/.cargo/bin
+timed = @setup/timed.sh
+CASES ?=
 
-test:
-	cargo test --workspace
+.PHONY: run test check setup build image guest-tool test-units test-e2e soak fuzz clean
+
+run: setup build image
+	$(timed) "dhow start, docker build, docker run" setup/hello.sh
+
+# What this machine must have: Debian's packages and the Rust toolchain.
+setup:
+	$(timed) "packages" setup/packages.sh
+	$(timed) "Rust toolchain" setup/rust.sh
+
+build: setup
+	$(timed) "binaries" setup/binaries.sh
+
+image: setup
+	$(timed) "system image" image/make.sh build/image
+
+test: test-units test-e2e
+
+# Tests of the parts, on this machine. The image brings the docker CLI that some of them call.
+test-units: setup image
+	$(timed) "unit tests" cargo test --quiet --workspace --exclude dhow-tests
+
+# Tests against a real VM; CASES narrows them ("CASES=forwards::").
+test-e2e: setup build image guest-tool
+	$(timed) "end-to-end tests" cargo test --quiet --package dhow-tests --test e2e -- $(CASES)
+
+guest-tool: setup
+	$(timed) "guest tool" setup/guest-tool.sh
+	@setup/busybox.sh
+
+# Kills and power cuts, each DHOW_SOAK times: an hour and more.
+soak: setup build image guest-tool
+	$(timed) "soak" env DHOW_SOAK=$${DHOW_SOAK:-20} cargo test --quiet --package dhow-tests --test e2e -- crash::
+
+# What needs no VM: form, lints on both targets, documentation, licences.
+check: setup
+	$(timed) "fmt" cargo fmt --all --check
+	$(timed) "clippy" cargo clippy --quiet --workspace --all-targets -- -D warnings
+	$(timed) "clippy, musl" setup/cargo-musl.sh clippy --quiet --package dhow-agent -- -D warnings
+	$(timed) "doc" env RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
+	@if command -v cargo-deny >/dev/null; then $(MAKE) --no-print-directory audit; else \
+	    echo "== deny: left out, cargo-deny is not installed (cargo install cargo-deny)"; fi
+
+.PHONY: audit
+audit:
+	$(timed) "deny" cargo deny --log-level error check licenses bans sources
+
+clean:
+	rm -rf build target

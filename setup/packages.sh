@@ -4,9 +4,7 @@
 # panics the guest.
 set -euo pipefail
 
-as_root() {
-    if [[ $EUID == 0 ]]; then "$@"; else sudo "$@"; fi
-}
+source "$(dirname "$0")/lib.sh"
 
 missing=()
 # need COMMAND PACKAGE: the package, if the command is not there.
@@ -31,27 +29,12 @@ if ! command -v apt-get >/dev/null; then
     echo "setup: these are missing and this is no Debian: ${missing[*]} qemu-system-x86; install them with your package manager" >&2
     exit 1
 fi
-export DEBIAN_FRONTEND=noninteractive
-# apt OPERATION...: quiet unless it fails; a lock that another program holds is waited for.
-apt() {
-    local log
-    log=$(mktemp)
-    if ! as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >"$log" 2>&1; then
-        tail -n 30 "$log" >&2
-        rm -f "$log"
-        return 1
-    fi
-    rm -f "$log"
-}
-
 # The sources of this machine name the mirror; backports are the same mirror's.
 backports() {
     local release site
     release=$(. /etc/os-release && echo "$VERSION_CODENAME")
     [[ $release == bookworm ]] || return 1
-    # shellcheck disable=SC2016 # apt's own substitution
-    site=$(apt-get indextargets --format '$(SITE) $(RELEASE)' 'Identifier: Packages' |
-        awk -v release="$release" '$2 == release { print $1; exit }')
+    site=$(debian_site)
     [[ -n $site ]] || return 1
     if ! apt-get indextargets --format '$(RELEASE)' 'Identifier: Packages' | grep -qx "$release-backports"; then
         printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s-backports main\n' "$site" "$release" |

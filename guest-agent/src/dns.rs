@@ -24,7 +24,6 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_vsock::VsockStream;
 
 /// Queries that wait for the host at once; further ones get SERVFAIL.
 const MAX_OUTSTANDING: usize = 512;
@@ -94,11 +93,7 @@ impl Dns {
     }
 
     /// Sends queries to the host over `stream` until it ends. A newer stream replaces an older one.
-    pub async fn serve(&self, stream: VsockStream) {
-        self.serve_stream(stream).await;
-    }
-
-    async fn serve_stream<S: AsyncRead + AsyncWrite>(&self, stream: S) {
+    pub async fn serve<S: AsyncRead + AsyncWrite>(&self, stream: S) {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (queries, mut outgoing) = mpsc::channel::<DnsMessage>(64);
         let link = Arc::new(Link { queries, waiting: Mutex::new(Some(HashMap::new())) });

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use dhow_protocol::stream::LogSource;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio_vsock::VsockStream;
 
 /// Where the agent and the daemons log.
 const LOG_FOLDER: &str = "/data/log";
@@ -18,13 +17,16 @@ const LOOK: Duration = Duration::from_millis(200);
 const CHUNK: usize = 64 << 10;
 
 /// Writes the log to `stream`; with `follow` until the peer leaves.
-pub async fn serve(stream: VsockStream, source: LogSource, tail: Option<u32>, follow: bool) {
+pub async fn serve<S>(mut stream: S, source: LogSource, tail: Option<u32>, follow: bool)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let ended = match path_of(&source) {
         Some(path) => serve_stream(stream, &path, tail, follow).await,
-        None => {
-            let mut stream = stream;
-            stream.write_all(b"there is no log of such a name\n").await
-        }
+        None => match stream.write_all(b"there is no log of such a name\n").await {
+            Ok(()) => stream.shutdown().await,
+            Err(error) => Err(error),
+        },
     };
     if let Err(error) = ended {
         // Most often the peer has left.

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod docker;
 pub mod errors;
+pub mod files;
 pub mod fileserver;
 pub mod forward;
 pub mod images;

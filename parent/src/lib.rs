@@ -14,15 +14,18 @@
 //! ```
 //!
 //! `message.rs` has what they say, `socket.rs` how a message and its fds travel, `parent.rs` the
-//! loop, `spawn.rs` fork and exec, `link.rs` the worker's side.
+//! loop, `spawn.rs` fork and exec, `link.rs` the worker's side, `estate.rs` what passes to a worker
+//! that becomes the parent when its own has died.
 
+mod estate;
 mod link;
 mod message;
 mod parent;
 mod socket;
 mod spawn;
 
+pub use estate::Estate;
 pub use link::{Exit, ParentError, ParentLink, Restored, SpawnedChild};
 pub use message::Spawn;
-pub use parent::{Limits, Outcome, Parent, WorkerCommand};
-pub use spawn::inherited_fds;
+pub use parent::{Idle, Limits, Outcome, Parent, STATUS_UNKNOWN, WorkerCommand};
+pub use spawn::{FDS_VARIABLE, inherited_fds};

@@ -56,6 +56,9 @@ pub(crate) enum Ask {
     Hold { id: u64, name: String },
     /// Close a held fd. Answered by `Done`, also where there was none.
     Release { id: u64, name: String },
+    /// Watch a process that an earlier parent spawned as a child; its pidfd comes along. Answered by
+    /// `Done`.
+    Adopt { id: u64, name: String, pid: i32 },
     /// End the parent's loop. Answered by `Done`.
     ShutDown { id: u64 },
 }
@@ -67,15 +70,15 @@ pub(crate) enum Tell {
     Held { name: String },
     /// A living child with its pidfd, at the worker's start.
     Child { name: String, pid: i32 },
-    /// The end of what a worker is given at its start.
-    Ready,
+    /// The end of what a worker is given at its start; `first` where no worker ran before it.
+    Ready { first: bool },
     /// To `Spawn`, with the pidfd.
     Spawned { id: u64, pid: i32 },
     /// Asked and done.
     Done { id: u64 },
     /// Asked and failed.
     Refused { id: u64, reason: String },
-    /// A child ended; `status` is as wait(2) gives it.
+    /// A child ended; `status` is as wait(2) gives it, or [`crate::STATUS_UNKNOWN`].
     Exited { name: String, pid: i32, status: i32 },
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,6 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::estate::Estate;
 use crate::message::{Ask, Spawn, Tell};
 use crate::{link, socket, spawn};
 
@@ -18,6 +19,8 @@ use crate::{link, socket, spawn};
 const EXITS_LIMIT: usize = 1024;
 /// Name of the worker among the children; no spawned child may take it.
 const WORKER: &str = "worker";
+/// Status of a child whose end was seen and whose status went to another process.
+pub const STATUS_UNKNOWN: i32 = -1;
 
 /// The worker's command line.
 #[derive(Debug, Clone)]
@@ -52,9 +55,22 @@ pub enum Outcome {
     GaveUp,
 }
 
+/// Why [`Parent::idle`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Idle {
+    /// The fd is readable.
+    Wanted,
+    /// No child is left.
+    Childless,
+    /// SIGTERM or SIGINT came.
+    ShutDown,
+}
+
 struct Child {
     name: String,
     pidfd: OwnedFd,
+    /// A child in the kernel's eyes, too: it is reaped, and its status known.
+    ours: bool,
 }
 
 struct Worker {
@@ -75,6 +91,10 @@ pub struct Parent {
     command: WorkerCommand,
     limits: Limits,
     reap_orphans: bool,
+    /// How long a worker may take from SIGTERM to its own [`Ask::ShutDown`].
+    stop_grace: Duration,
+    /// A worker was started before, perhaps by an earlier parent.
+    begun: bool,
     signals: SignalFd,
     held: BTreeMap<String, OwnedFd>,
     children: BTreeMap<i32, Child>,
@@ -99,6 +119,8 @@ impl Parent {
             command,
             limits,
             reap_orphans,
+            stop_grace: Duration::ZERO,
+            begun: false,
             signals,
             held: BTreeMap::new(),
             children: BTreeMap::new(),
@@ -112,18 +134,78 @@ impl Parent {
         self.held.insert(name.to_owned(), fd);
     }
 
+    /// SIGTERM is passed to the worker, which may take that long to put things in order and ask for the
+    /// end. SIGINT, or a second SIGTERM, ends the loop at once, as both do without this.
+    pub fn stop_orderly(&mut self, grace: Duration) {
+        self.stop_grace = grace;
+    }
+
+    /// Takes over what an earlier parent held; its children are watched, but their status is not known.
+    pub fn inherit(&mut self, estate: Estate) {
+        self.begun = true;
+        self.held.extend(estate.fds);
+        let children = estate.children.into_iter();
+        self.children.extend(children.map(|child| {
+            let link::SpawnedChild { name, pid, pidfd } = child;
+            (pid, Child { name, pidfd, ours: false })
+        }));
+    }
+
+    /// A held fd.
+    #[must_use]
+    pub fn held(&self, name: &str) -> Option<BorrowedFd<'_>> {
+        self.held.get(name).map(AsFd::as_fd)
+    }
+
+    /// Without a worker, after [`Outcome::GaveUp`]: waits until the held fd `wanted` is readable, no
+    /// child is left, or a signal asks for the end. The worker's restarts begin anew then.
+    pub fn idle(&mut self, wanted: &str) -> Idle {
+        loop {
+            self.reap(&mut None);
+            if self.children.is_empty() {
+                return Idle::Childless;
+            }
+            if self.signalled().is_some() {
+                return Idle::ShutDown;
+            }
+            let mut fds = vec![poll_in(self.signals.as_fd())];
+            fds.extend(self.children.values().map(|child| poll_in(child.pidfd.as_fd())));
+            fds.extend(self.held.get(wanted).map(|fd| poll_in(fd.as_fd())));
+            let at = 1 + self.children.len();
+            if let Err(error) = poll(&mut fds, PollTimeout::NONE)
+                && error != nix::errno::Errno::EINTR
+            {
+                tracing::error!(%error, "poll");
+            }
+            if fds.get(at).is_some_and(is_ready) {
+                self.starts.clear();
+                return Idle::Wanted;
+            }
+        }
+    }
+
     /// Names and pids of the children that still live, without the worker.
     #[must_use]
     pub fn children(&self) -> Vec<(String, i32)> {
         self.children.iter().map(|(pid, child)| (child.name.clone(), *pid)).collect()
     }
 
+    /// Names and pidfds of the same children.
+    #[must_use]
+    pub fn pidfds(&self) -> Vec<(&str, BorrowedFd<'_>)> {
+        self.children.values().map(|child| (child.name.as_str(), child.pidfd.as_fd())).collect()
+    }
+
     /// Starts the worker, serves it, restarts it; returns when it is to end. The worker, where it
     /// still lives, gets SIGTERM then; the children are the caller's to end.
     pub fn run(&mut self) -> Outcome {
         let mut worker: Option<Worker> = None;
+        let mut stop_by: Option<Instant> = None;
         loop {
             if worker.is_none() {
+                if stop_by.is_some() {
+                    return Outcome::ShutDown;
+                }
                 if !self.may_start() {
                     return Outcome::GaveUp;
                 }
@@ -136,7 +218,7 @@ impl Parent {
                     }
                 }
             }
-            let ready = match self.wait(worker.as_ref()) {
+            let ready = match self.wait(worker.as_ref(), stop_by) {
                 Ok(ready) => ready,
                 Err(error) => {
                     tracing::error!(%error, "poll");
@@ -150,20 +232,56 @@ impl Parent {
                 self.end_worker(worker.as_ref());
                 return Outcome::ShutDown;
             }
-            let mut end = false;
-            while ready.signal
-                && let Ok(Some(signal)) = self.signals.read_signal()
-            {
-                end |= signal.ssi_signo != Signal::SIGCHLD as u32;
-            }
+            let signal = if ready.signal { self.signalled() } else { None };
             if ready.signal || ready.ended {
                 self.reap(&mut worker);
             }
-            if end {
+            let late = stop_by.is_some_and(|deadline| Instant::now() >= deadline);
+            if late || signal.is_some() {
                 self.end_worker(worker.as_ref());
-                return Outcome::ShutDown;
+                let at_once = signal == Some(Signal::SIGINT) || self.stop_grace.is_zero();
+                if late || at_once || stop_by.is_some() {
+                    return Outcome::ShutDown;
+                }
+                stop_by = Some(Instant::now() + self.stop_grace);
             }
         }
+    }
+
+    /// Holds and reaps without a worker for `pause`, after [`Outcome::GaveUp`]; the next worker is
+    /// told of what ended. [`Outcome::ShutDown`] when SIGTERM or SIGINT came meanwhile.
+    pub fn rest(&mut self, pause: Duration) -> Option<Outcome> {
+        let end = Instant::now() + pause;
+        loop {
+            if Instant::now() >= end {
+                return None;
+            }
+            match self.wait(None, Some(end)) {
+                Ok(ready) => {
+                    let ended = ready.signal && self.signalled().is_some();
+                    if ready.signal || ready.ended {
+                        self.reap(&mut None);
+                    }
+                    if ended {
+                        return Some(Outcome::ShutDown);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "poll"),
+            }
+        }
+    }
+
+    /// Takes the signals that have come; the one among them that asks for the end the soonest.
+    fn signalled(&self) -> Option<Signal> {
+        let mut asked = None;
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            if signal.ssi_signo == Signal::SIGINT as u32 {
+                asked = Some(Signal::SIGINT);
+            } else if signal.ssi_signo == Signal::SIGTERM as u32 {
+                asked = asked.or(Some(Signal::SIGTERM));
+            }
+        }
+        asked
     }
 
     /// Whether another start is within the limits; counts it.
@@ -201,7 +319,8 @@ impl Parent {
         for (pid, child) in &self.children {
             self.tell(&worker, &Tell::Child { name: child.name.clone(), pid: *pid }, &[child.pidfd.as_fd()]);
         }
-        self.tell(&worker, &Tell::Ready, &[]);
+        self.tell(&worker, &Tell::Ready { first: !self.begun }, &[]);
+        self.begun = true;
         for exit in self.untold.drain(..).collect::<Vec<_>>() {
             self.tell(&worker, &exit, &[]);
         }
@@ -211,16 +330,20 @@ impl Parent {
         Ok(worker)
     }
 
-    fn tell(&self, worker: &Worker, message: &Tell, fds: &[std::os::fd::BorrowedFd<'_>]) {
+    fn tell(&self, worker: &Worker, message: &Tell, fds: &[BorrowedFd<'_>]) {
         if let Err(error) = socket::send(worker.socket.as_fd(), message, fds) {
             tracing::warn!(%error, ?message, "the worker does not listen");
         }
     }
 
-    /// Waits until a signal came, the worker wrote, or a child ended. SIGCHLD alone would not do: it
-    /// is lost in a process with a thread that does not block it.
-    fn wait(&self, worker: Option<&Worker>) -> nix::Result<Ready> {
-        let poll_in = |fd| PollFd::new(fd, PollFlags::POLLIN);
+    /// Waits until a signal came, the worker wrote, a child ended, or it is `until`. SIGCHLD alone would
+    /// not do: it is lost in a process with a thread that does not block it.
+    fn wait(&self, worker: Option<&Worker>, until: Option<Instant>) -> nix::Result<Ready> {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        // A millisecond more: it is late when this ends.
+        let timeout = left.map(|left| left + Duration::from_millis(1));
+        let timeout =
+            timeout.map_or(PollTimeout::NONE, |left| PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
         let mut fds = vec![poll_in(self.signals.as_fd())];
         fds.extend(self.children.values().map(|child| poll_in(child.pidfd.as_fd())));
         let worker_at = fds.len();
@@ -228,15 +351,14 @@ impl Parent {
             fds.push(poll_in(worker.pidfd.as_fd()));
             fds.push(poll_in(worker.socket.as_fd()));
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error),
         }
-        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
         Ok(Ready {
-            signal: ready(&fds[0]),
-            worker: fds.get(worker_at + 1).is_some_and(ready),
-            ended: fds[1..fds.len().min(worker_at + 1)].iter().any(ready),
+            signal: is_ready(&fds[0]),
+            worker: fds.get(worker_at + 1).is_some_and(is_ready),
+            ended: fds[1..fds.len().min(worker_at + 1)].iter().any(is_ready),
         })
     }
 
@@ -270,6 +392,14 @@ impl Parent {
                 self.held.remove(&name);
                 self.tell(worker, &Tell::Done { id }, &[]);
             }
+            Ask::Adopt { id, name, pid } => {
+                if let Some(pidfd) = fds.into_iter().next() {
+                    self.children.insert(pid, Child { name, pidfd, ours: false });
+                    self.tell(worker, &Tell::Done { id }, &[]);
+                } else {
+                    self.tell(worker, &Tell::Refused { id, reason: "no pidfd came along".to_owned() }, &[]);
+                }
+            }
             Ask::ShutDown { id } => {
                 self.tell(worker, &Tell::Done { id }, &[]);
                 return true;
@@ -287,7 +417,7 @@ impl Parent {
         match result {
             Ok((pid, pidfd)) => {
                 self.tell(worker, &Tell::Spawned { id, pid }, &[pidfd.as_fd()]);
-                self.children.insert(pid, Child { name, pidfd });
+                self.children.insert(pid, Child { name, pidfd, ours: true });
             }
             Err(error) => self.tell(worker, &Tell::Refused { id, reason: error.to_string() }, &[]),
         }
@@ -295,13 +425,15 @@ impl Parent {
 
     /// Reaps what has ended: the worker, children, and with `reap_orphans` whatever else.
     fn reap(&mut self, worker: &mut Option<Worker>) {
-        let mut ended = Vec::new();
+        let foreign = self.children.iter().filter(|(_, child)| !child.ours && has_ended(child));
+        let mut ended: Vec<_> = foreign.map(|(pid, _)| (*pid, STATUS_UNKNOWN)).collect();
         if self.reap_orphans {
             while let Some(exit) = wait_any() {
                 ended.push(exit);
             }
         } else {
-            let pids = self.children.keys().copied().chain(worker.as_ref().map(|worker| worker.pid));
+            let ours = self.children.iter().filter(|(_, child)| child.ours);
+            let pids = ours.map(|(pid, _)| *pid).chain(worker.as_ref().map(|worker| worker.pid));
             ended.extend(pids.filter_map(wait_one));
         }
         for (pid, status) in ended {
@@ -330,11 +462,22 @@ impl Parent {
     }
 }
 
+fn poll_in(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+fn is_ready(fd: &PollFd<'_>) -> bool {
+    fd.any().unwrap_or(false)
+}
+
+fn has_ended(child: &Child) -> bool {
+    matches!(poll(&mut [poll_in(child.pidfd.as_fd())], PollTimeout::ZERO), Ok(1))
+}
+
 /// Waits until a killed worker is a zombie; otherwise its closed socket would keep the loop busy.
 fn wait_for_end(worker: &Worker) {
-    let mut fds = [PollFd::new(worker.pidfd.as_fd(), PollFlags::POLLIN)];
     // EINTR or a time-out only means that the loop comes back here.
-    let _ = poll(&mut fds, PollTimeout::from(1000u16));
+    let _ = poll(&mut [poll_in(worker.pidfd.as_fd())], PollTimeout::from(1000u16));
 }
 
 fn kill(pid: i32, signal: Signal) {

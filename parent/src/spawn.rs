@@ -10,8 +10,9 @@ use crate::message::Spawn;
 
 /// Number of the first fd that a child is given beyond standard error.
 const FIRST_FD: RawFd = 3;
-/// Environment variable with the names of the child's fds, by colons.
-const FDS_VARIABLE: &str = "DHOW_FDS";
+/// Environment variable with the names of the child's fds, one a line. It is of that process alone, not
+/// of those that it starts.
+pub const FDS_VARIABLE: &str = "DHOW_FDS";
 
 /// Starts the child and returns its pid. The caller reaps it.
 ///
@@ -21,11 +22,11 @@ pub(crate) fn spawn(spawn: Spawn) -> io::Result<i32> {
     let Some((program, arguments)) = spawn.argv.split_first() else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "an empty argument vector"));
     };
-    let names: Vec<&str> = spawn.fds.iter().map(|(name, _)| name.as_str()).collect();
+    let (names, sources) = lift(&spawn.fds)?;
     let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(spawn.env.iter().cloned()).stdin(Stdio::null());
     if !names.is_empty() {
-        command.env(FDS_VARIABLE, names.join(":"));
+        command.env(FDS_VARIABLE, names);
     }
     if let Some(cwd) = &spawn.cwd {
         command.current_dir(cwd);
@@ -36,13 +37,6 @@ pub(crate) fn spawn(spawn: Spawn) -> io::Result<i32> {
     if let Some(stderr) = spawn.stderr {
         command.stderr(Stdio::from(stderr));
     }
-    // Sources are moved above the targets first, so that no dup2 overwrites a later source.
-    let top = FIRST_FD + RawFd::try_from(spawn.fds.len()).map_err(io::Error::other)?;
-    let sources = spawn
-        .fds
-        .iter()
-        .map(|(_, fd)| rustix::io::fcntl_dupfd_cloexec(fd, top.max(100)))
-        .collect::<Result<Vec<OwnedFd>, _>>()?;
     let numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
     let parent = std::process::id();
     let oom_score_adj = spawn.oom_score_adj.map(|score| score.to_string());
@@ -56,6 +50,32 @@ pub(crate) fn spawn(spawn: Spawn) -> io::Result<i32> {
     let child = command.spawn()?;
     drop(sources);
     i32::try_from(child.id()).map_err(io::Error::other)
+}
+
+/// Duplicates `fds` above all targets of [`place`], so that no dup2 overwrites a later source, and
+/// gives their names as [`inherited_fds`] reads them.
+pub(crate) fn lift(fds: &[(String, OwnedFd)]) -> io::Result<(String, Vec<OwnedFd>)> {
+    if let Some((name, _)) = fds.iter().find(|(name, _)| name.is_empty() || name.contains('\n')) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is no name of an fd")));
+    }
+    let top = FIRST_FD + RawFd::try_from(fds.len()).map_err(io::Error::other)?;
+    let lifted = fds
+        .iter()
+        .map(|(_, fd)| rustix::io::fcntl_dupfd_cloexec(fd, top.max(100)))
+        .collect::<Result<_, _>>()?;
+    let names: Vec<&str> = fds.iter().map(|(name, _)| name.as_str()).collect();
+    Ok((names.join("\n"), lifted))
+}
+
+/// Puts lifted fds at 3, 4, … without close-on-exec. Async-signal-safe.
+pub(crate) fn place(numbers: &[RawFd]) -> io::Result<()> {
+    for (target, source) in (FIRST_FD..).zip(numbers) {
+        // SAFETY: plain dup2 on numbers that this process owns; whoever calls this is about to exec.
+        if unsafe { libc::dup2(*source, target) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Runs in the child between fork and exec: async-signal-safe calls only.
@@ -78,13 +98,7 @@ fn prepare_child(numbers: &[RawFd], oom_score_adj: Option<&str>, die_with: Optio
         )?;
         nix::unistd::write(&file, score.as_bytes())?;
     }
-    for (target, source) in (FIRST_FD..).zip(numbers) {
-        // SAFETY: plain dup2 on numbers that this process owns; nothing else runs in this child.
-        if unsafe { libc::dup2(*source, target) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    place(numbers)
 }
 
 /// The fds that this process was given by [`Spawn::fds`], by name. Call it once, early in `main`.
@@ -96,7 +110,7 @@ pub fn inherited_fds() -> io::Result<HashMap<String, OwnedFd>> {
         return Ok(HashMap::new());
     };
     let mut fds = HashMap::new();
-    for (number, name) in (FIRST_FD..).zip(names.split(':')) {
+    for (number, name) in (FIRST_FD..).zip(names.split('\n')) {
         // SAFETY: F_GETFD on any number is harmless and says whether it is open.
         if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
             return Err(io::Error::new(io::ErrorKind::NotFound, format!("fd {number} ({name}) is not open")));

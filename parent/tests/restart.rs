@@ -51,7 +51,13 @@ fn fds_and_children_outlive_a_killed_worker() {
 #[test]
 fn a_worker_that_keeps_dying_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(parent("worker_that_dies", dir.path(), 3).run(), Outcome::GaveUp);
+    let mut parent = parent("worker_that_dies", dir.path(), 3);
+    assert_eq!(parent.run(), Outcome::GaveUp);
+    assert_eq!(std::fs::read_to_string(dir.path().join("starts")).unwrap().len(), 4);
+    assert_eq!(parent.rest(Duration::from_millis(20)), None);
+    // To this thread, which the parent has block it.
+    nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(parent.rest(Duration::from_secs(600)), Some(Outcome::ShutDown));
     assert_eq!(std::fs::read_to_string(dir.path().join("starts")).unwrap().len(), 4);
 }
 
@@ -95,5 +101,71 @@ fn worker_that_dies() {
     let Some(dir) = folder() else { return };
     let mut file = std::fs::File::options().create(true).append(true).open(dir.join("starts")).unwrap();
     file.write_all(b"x").unwrap();
+    std::process::abort();
+}
+
+#[test]
+fn a_signal_lets_the_worker_put_things_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parent = parent("worker_that_is_orderly", dir.path(), 3);
+    parent.stop_orderly(Duration::from_secs(60));
+    let ready = dir.path().join("ready");
+    let own = rustix::process::getpid();
+    // The parent's loop runs in this thread, whose signal mask takes SIGTERM: it must be sent to it.
+    let thread = rustix::thread::gettid();
+    let signaller = std::thread::spawn(move || {
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        while !ready.exists() && std::time::Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let (own, thread) = (own.as_raw_nonzero().get(), thread.as_raw_nonzero().get());
+        // SAFETY: tgkill(2) with the ids of a live thread of this process.
+        unsafe { libc::syscall(libc::SYS_tgkill, own, thread, libc::SIGTERM) }
+    });
+    assert_eq!(parent.run(), Outcome::ShutDown);
+    assert_eq!(signaller.join().unwrap(), 0);
+    assert!(dir.path().join("in-order").exists());
+}
+
+#[tokio::test]
+#[ignore = "the worker of the test above, not a test"]
+async fn worker_that_is_orderly() {
+    let Some(dir) = folder() else { return };
+    let mut inherited = inherited_fds().unwrap();
+    let (link, _restored) = ParentLink::connect(&mut inherited).unwrap();
+    let mut signals = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
+    std::fs::write(dir.join("ready"), "").unwrap();
+    signals.recv().await.unwrap();
+    std::fs::write(dir.join("in-order"), "").unwrap();
+    link.shut_down().await.unwrap();
+}
+
+#[test]
+fn a_parent_without_a_worker_waits_until_it_is_wanted_or_childless() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parent = parent("worker_that_leaves_a_child", dir.path(), 0);
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    parent.hold("wanted", theirs.into());
+    assert_eq!(parent.run(), Outcome::GaveUp);
+    assert_eq!(parent.children().len(), 1);
+    (&ours).write_all(b"x").unwrap();
+    assert_eq!(parent.idle("wanted"), dhow_parent::Idle::Wanted);
+    let pid = rustix::process::Pid::from_raw(parent.children()[0].1).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let mut byte = [0];
+    std::os::unix::net::UnixStream::from(parent.held("wanted").unwrap().try_clone_to_owned().unwrap())
+        .read_exact(&mut byte)
+        .unwrap();
+    assert_eq!(parent.idle("wanted"), dhow_parent::Idle::Childless);
+}
+
+#[tokio::test]
+#[ignore = "the worker of the test above, not a test"]
+async fn worker_that_leaves_a_child() {
+    let Some(_) = folder() else { return };
+    let mut inherited = inherited_fds().unwrap();
+    let (link, _restored) = ParentLink::connect(&mut inherited).unwrap();
+    let argv = vec!["/bin/sleep".to_owned(), "600".to_owned()];
+    link.spawn(Spawn { name: "sleeper".to_owned(), argv, ..Spawn::default() }).await.unwrap();
     std::process::abort();
 }

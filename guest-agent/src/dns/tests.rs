@@ -16,7 +16,7 @@ async fn start() -> (Arc<Dns>, SocketAddr) {
 fn attach(dns: &Arc<Dns>) -> DuplexStream {
     let (ours, theirs) = tokio::io::duplex(1 << 20);
     let dns = Arc::clone(dns);
-    tokio::spawn(async move { dns.serve_stream(theirs).await });
+    tokio::spawn(async move { dns.serve(theirs).await });
     ours
 }
 

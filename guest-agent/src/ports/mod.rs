@@ -18,7 +18,6 @@ use dhow_protocol::codec::{self, CONTROL_LIMIT};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_vsock::VsockStream;
 
 use tracker::{Pace, Tracker};
 
@@ -54,11 +53,7 @@ impl Ports {
     }
 
     /// Reports on `stream` until it ends: all at first, then what changes.
-    pub async fn serve(&self, stream: VsockStream) {
-        self.serve_stream(stream).await;
-    }
-
-    async fn serve_stream<S: AsyncRead + AsyncWrite>(&self, stream: S) {
+    pub async fn serve<S: AsyncRead + AsyncWrite>(&self, stream: S) {
         let (mut reader, writer) = tokio::io::split(stream);
         let mut byte = [0];
         tokio::select! {

@@ -26,7 +26,7 @@ async fn until(stream: &mut DuplexStream, known: &mut BTreeSet<Listener>, wanted
 
 fn serve(ports: Arc<Ports>) -> DuplexStream {
     let (ours, theirs) = tokio::io::duplex(1 << 20);
-    tokio::spawn(async move { ports.serve_stream(theirs).await });
+    tokio::spawn(async move { ports.serve(theirs).await });
     ours
 }
 
@@ -89,7 +89,7 @@ async fn the_report_ends_with_the_stream() {
     let (_sender, triggers) = watch::channel(0);
     let ports = Arc::new(Ports { triggers, poll: Duration::from_secs(60) });
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
-    let serving = tokio::spawn(async move { ports.serve_stream(theirs).await });
+    let serving = tokio::spawn(async move { ports.serve(theirs).await });
     next(&mut ours).await;
     drop(ours);
     timeout(Duration::from_secs(5), serving).await.unwrap().unwrap();

@@ -1,6 +1,205 @@
-//! The worker.
+//! The worker: serves the streams that the host opens, until PID 1 ends it.
+//!
+//! ```text
+//! vsock listener ──► accept.rs ──► hello.rs ──► dispatch.rs ──► control.rs ──► requests.rs
+//!  (PID 1 holds it)   CID, limits   proof          │            relay.rs (TCP, unix; connect.rs)
+//!                                                  │            exec, ports, dns, logs
+//!                                                  └──────────► mounts (Files), runtimes (Bundle)
+//! ```
+
+mod accept;
+mod clock;
+mod connect;
+mod control;
+mod dispatch;
+mod hello;
+mod info;
+pub mod relay;
+mod requests;
+pub mod stream;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use dhow_parent::{ParentError, ParentLink, Restored};
+use dhow_protocol::boot::BootConfig;
+use dhow_protocol::codec::{self, CodecError};
+use dhow_protocol::control::Event;
+use dhow_protocol::hello::Secret;
+use tokio::sync::broadcast;
+use tokio_vsock::VsockListener;
+
+use crate::dns::Dns;
+use crate::init::{self, held};
+use crate::mounts::Mounts;
+use crate::ports::Ports;
+use crate::runtimes::{self, Runtimes};
+
+/// Largest boot configuration in bytes.
+const BOOT_LIMIT: u64 = 1 << 20;
+/// Events that a slow host may be behind.
+const EVENTS: usize = 256;
+
+/// Why the worker cannot serve.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    /// The runtime or an fd failed.
+    #[error("the worker cannot be set up")]
+    Io(#[from] io::Error),
+    /// Without PID 1 there is nothing to serve.
+    #[error("PID 1 does not answer")]
+    Parent(#[from] ParentError),
+    /// PID 1 did not hand over what it should.
+    #[error("PID 1 holds no \"{0}\" for the worker")]
+    Missing(&'static str),
+    /// The boot configuration is not one.
+    #[error("the boot configuration cannot be read")]
+    Boot(#[source] CodecError),
+    /// PID 1 has ended, or does not want this worker any more.
+    #[error("PID 1 has closed its socket")]
+    Gone,
+}
 
 /// Serves the host's streams until PID 1 ends it.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::FAILURE
+pub fn main() -> ExitCode {
+    init::exempt_from_oom();
+    let served = dhow_parent::inherited_fds().map_err(ServeError::from).and_then(|inherited| {
+        // One thread: the work is moving bytes, and a second one would only contend with dockerd.
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(inherited))
+    });
+    match served {
+        Ok(never) => match never {},
+        Err(error) => {
+            if tracing::dispatcher::has_been_set() {
+                tracing::error!(error = chain(&error), "the worker ends");
+            } else {
+                // It did not come as far as its log: PID 1's console, or whoever started it by hand.
+                eprintln!("dhow-agent: {}", chain(&error));
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::Infallible, ServeError> {
+    let (link, Restored { mut fds, children, mut exits, first: _ }) = ParentLink::connect(&mut inherited)?;
+    let mut take = |name| fds.remove(name).ok_or(ServeError::Missing(name));
+    let (listener, boot, secret) = (take(held::LISTENER)?, take(held::BOOT)?, take(held::SECRET)?);
+    let boot = read_boot(&boot)?;
+    init::log::to_file(&boot.log_filter);
+    let secret = read_secret(&secret)?;
+    let (events, _) = broadcast::channel(EVENTS);
+
+    let mounts = Mounts::start(link.clone(), &mut fds).await;
+    let runtimes = Runtimes::start(runtimes::Setup {
+        link: link.clone(),
+        children,
+        environment: boot.environment.clone(),
+        dns: boot.network.map(|network| network.dns),
+        events: events.clone(),
+    })
+    .await;
+    let dns = match boot.network {
+        Some(network) => start_dns(network.dns, network.gateway, &events).await,
+        None => None,
+    };
+    let ports = match Ports::start() {
+        Ok(ports) => Some(ports),
+        Err(error) => {
+            warn(&events, format!("published ports cannot be found: {error}"));
+            None
+        }
+    };
+    let requests = requests::Requests {
+        link,
+        runtimes: Arc::clone(&runtimes),
+        mounts: Arc::clone(&mounts),
+        powering_off: AtomicBool::new(false),
+    };
+    let services = Arc::new(dispatch::Services {
+        control: control::Control::new(Arc::new(requests), events),
+        runtimes: Arc::clone(&runtimes),
+        mounts,
+        dns,
+        ports,
+        environment: boot.environment,
+    });
+
+    let accepting = accept::run(
+        VsockListener::from(listener),
+        secret,
+        accept::Limits::default(),
+        move |stream, header, answer| Arc::clone(&services).serve(stream, header, answer),
+    );
+    tokio::spawn(accepting);
+    tracing::info!("serving");
+    while let Some(exit) = exits.recv().await {
+        runtimes.exited(&exit);
+    }
+    Err(ServeError::Gone)
+}
+
+async fn start_dns(address: Ipv4Addr, host: Ipv4Addr, events: &broadcast::Sender<Event>) -> Option<Arc<Dns>> {
+    match Dns::start(address, host).await {
+        Ok(dns) => Some(dns),
+        Err(error) => {
+            warn(events, format!("names cannot be resolved: port 53 of {address} cannot be bound: {error}"));
+            None
+        }
+    }
+}
+
+/// Tells the log and the host, if it is there.
+fn warn(events: &broadcast::Sender<Event>, text: String) {
+    tracing::warn!("{text}");
+    // Nobody listens before the first control stream.
+    let _ = events.send(Event::Warning(text));
+}
+
+/// An earlier worker has read it, too: its offset is not to be relied on.
+fn read_boot(fd: &OwnedFd) -> Result<BootConfig, ServeError> {
+    let length = rustix::fs::fstat(fd).map_err(io::Error::from)?.st_size;
+    let length = u64::try_from(length).unwrap_or_default().min(BOOT_LIMIT);
+    let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+    read_at_start(fd, &mut bytes)?;
+    codec::from_bytes(&bytes).map_err(ServeError::Boot)
+}
+
+fn read_secret(fd: &OwnedFd) -> Result<Secret, ServeError> {
+    let mut secret = [0; 32];
+    read_at_start(fd, &mut secret)?;
+    Ok(Secret(secret))
+}
+
+fn read_at_start(fd: &OwnedFd, bytes: &mut [u8]) -> io::Result<()> {
+    let mut have = 0;
+    while have < bytes.len() {
+        match rustix::io::pread(fd, &mut bytes[have..], have as u64) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => have += length,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// `error` and its causes, by colons.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
 }

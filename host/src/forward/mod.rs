@@ -5,6 +5,7 @@
 
 mod dns;
 mod hosts;
+mod kept;
 mod policy;
 mod tcp;
 mod unix;
@@ -16,6 +17,7 @@ use std::os::fd::OwnedFd;
 use dhow_protocol::stream::StreamHeader;
 
 pub use dns::serve_dns;
+pub use kept::{Change, Kept};
 pub use policy::{Decision, Policy};
 pub use tcp::Forwards;
 pub use unix::serve_unix;

@@ -16,11 +16,12 @@ use dhow_protocol::ports::{Listener, PortsEvent};
 use dhow_protocol::stream::StreamHeader;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncRead;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use super::Opener;
+use super::kept::Kept;
 use super::policy::{Decision, Policy, endpoint};
 use crate::api::ForwardReport;
 
@@ -49,6 +50,8 @@ struct Table {
     bound: BTreeMap<SocketAddr, Bound>,
     /// Why the others have none.
     refused: BTreeMap<Listener, String>,
+    /// Sockets that outlive this process.
+    kept: Kept,
     /// Whether something on the host stood in the way, which may go unnoticed.
     retry: bool,
 }
@@ -67,10 +70,11 @@ impl Drop for Bound {
 }
 
 impl Forwards {
-    /// No forwards yet, and `policy` for those to come.
+    /// No forwards yet, and `policy` for those to come; `kept` has the sockets of an earlier supervisor.
     #[must_use]
-    pub fn new(policy: Policy) -> Arc<Self> {
-        Arc::new(Self { policy, table: Mutex::default(), reports: watch::Sender::new(Vec::new()) })
+    pub fn new(policy: Policy, kept: Kept) -> Arc<Self> {
+        let table = Table { kept, ..Table::default() };
+        Arc::new(Self { policy, table: Mutex::new(table), reports: watch::Sender::new(Vec::new()) })
     }
 
     /// What the guest listens on, and what became of it.
@@ -87,7 +91,14 @@ impl Forwards {
 
     /// Ends all forwards: the VM is gone. Connections end by themselves.
     pub fn clear(&self) {
-        *self.table.lock().unwrap_or_else(PoisonError::into_inner) = Table::default();
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.kept.release_inherited();
+        for address in std::mem::take(&mut table.bound).into_keys() {
+            table.kept.release(address);
+        }
+        let kept = std::mem::take(&mut table.kept);
+        *table = Table { kept, ..Table::default() };
+        drop(table);
         self.reports.send_replace(Vec::new());
     }
 
@@ -118,6 +129,7 @@ impl Forwards {
 
     /// Takes an event of the guest.
     fn apply<O: Opener>(&self, event: PortsEvent, opener: &O) {
+        let whole = matches!(event, PortsEvent::All(_));
         {
             let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
             let listeners = &mut table.listeners;
@@ -140,13 +152,22 @@ impl Forwards {
             listeners.extend(added.into_iter().take(room));
         }
         self.settle(opener);
+        if whole {
+            self.table.lock().unwrap_or_else(PoisonError::into_inner).kept.release_inherited();
+        }
     }
 
     /// Brings the host's sockets in line with the listeners, and tells.
     fn settle<O: Opener>(&self, opener: &O) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let Table { listeners, bound, refused, retry } = &mut *table;
-        bound.retain(|_, bound| listeners.contains(&bound.guest));
+        let Table { listeners, bound, refused, kept, retry } = &mut *table;
+        bound.retain(|address, bound| {
+            let wanted = listeners.contains(&bound.guest);
+            if !wanted {
+                kept.release(*address);
+            }
+            wanted
+        });
         refused.clear();
         *retry = false;
         let mut taken: BTreeMap<SocketAddr, Listener> =
@@ -160,7 +181,7 @@ impl Forwards {
                 Decision::Bind(addresses) => addresses,
             };
             for address in addresses {
-                match bind(address) {
+                match kept.bind(address) {
                     Ok(listener) => {
                         let accepting = tokio::spawn(accept(listener, guest, opener.clone()));
                         bound.insert(address, Bound { guest, accepting });
@@ -199,14 +220,6 @@ fn reports(bound: &BTreeMap<SocketAddr, Bound>, refused: &BTreeMap<Listener, Str
     }));
     reports.sort_by_key(|report| (report.guest.port, report.guest, report.host));
     reports
-}
-
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // Past connections in TIME_WAIT do not keep a forward from coming back.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(1024)
 }
 
 /// Why `address` could not be bound, and what to do.

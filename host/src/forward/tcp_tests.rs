@@ -37,7 +37,7 @@ fn guest(refuse: bool) -> (Guest, tokio::sync::mpsc::UnboundedReceiver<StreamHea
 }
 
 fn forwards() -> Arc<Forwards> {
-    Forwards::new(Policy { first_port: 1024, limit: 16, denied: vec![22] })
+    Forwards::new(Policy { first_port: 1024, limit: 16, denied: vec![22] }, Kept::default())
 }
 
 fn listener(address: &str, port: u16) -> Listener {

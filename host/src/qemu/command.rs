@@ -28,6 +28,39 @@ impl Accelerator {
     }
 }
 
+/// What QEMU does when the process behind its network card has died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reconnect {
+    /// Nothing: the network is gone until the next start.
+    Never,
+    /// It connects again: `reconnect`, in seconds.
+    Seconds,
+    /// Likewise: `reconnect-ms`.
+    Milliseconds,
+}
+
+impl Reconnect {
+    /// What a QEMU of this version can do: `reconnect` since 8.0, `reconnect-ms` in its place since 9.2
+    /// (QEMU's "About removed features" and qemu-options.hx).
+    #[must_use]
+    pub fn of_version(version: (u32, u32)) -> Self {
+        match version {
+            (0..8, _) => Self::Never,
+            (8, _) | (9, 0 | 1) => Self::Seconds,
+            _ => Self::Milliseconds,
+        }
+    }
+
+    /// As an option, with its comma.
+    fn option(self) -> &'static str {
+        match self {
+            Self::Never => "",
+            Self::Seconds => ",reconnect=1",
+            Self::Milliseconds => ",reconnect-ms=200",
+        }
+    }
+}
+
 /// How the network card reaches the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
@@ -35,6 +68,8 @@ pub enum Network {
     Passt {
         /// Its listening socket.
         socket: PathBuf,
+        /// What QEMU does when it has died.
+        reconnect: Reconnect,
     },
     /// QEMU's own user network: weaker, since the guest reaches the host's loopback through it.
     Slirp {
@@ -79,6 +114,13 @@ pub struct Vm {
     /// The network card, where there is one.
     pub network: Option<Network>,
 }
+
+/// Id of the vsock device in QEMU, of its chardev and of the root port that it sits on.
+pub(super) const VSOCK_ID: &str = "vsock";
+pub(super) const VSOCK_CHARDEV: &str = "vsock0";
+pub(super) const VSOCK_PORT: &str = "vsock-port";
+/// The vsock device's driver in QEMU.
+pub(super) const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
 
 /// Kernel command line: a panic ends QEMU (`-no-reboot`), and the console speaks of errors only.
 const KERNEL_COMMAND_LINE: &str =
@@ -145,7 +187,12 @@ impl Vm {
         );
         arguments.option("-blockdev", base).option("-blockdev", data);
         arguments.option("-device", format!("virtio-blk-pci,drive=base,serial={BASE_DISK_SERIAL}"));
-        arguments.option("-device", format!("virtio-blk-pci,drive=data,serial={DATA_DISK_SERIAL}"));
+        // Where the host's disk is full the VM pauses, and the supervisor lets it go on when there is
+        // room: reported, the error would be an I/O error to the guest's ext4, which then refuses all
+        // writes until it is mounted anew. Other errors are the guest's to know.
+        let on_error = "werror=enospc,rerror=report";
+        let data = format!("virtio-blk-pci,drive=data,serial={DATA_DISK_SERIAL},{on_error}");
+        arguments.option("-device", data);
     }
 
     fn devices(&self, arguments: &mut Arguments) {
@@ -154,9 +201,11 @@ impl Vm {
         let qmp = format!("socket,id=qmp,server=on,wait=off,path={}", escaped(&self.qmp_socket));
         arguments.option("-chardev", qmp).option("-mon", "chardev=qmp,mode=control");
         // On a root port of its own, so that a new device can be hot-plugged in the place of a dead one.
-        arguments.option("-device", "pcie-root-port,id=vsock-port,chassis=1,slot=1");
-        arguments.option("-chardev", format!("socket,id=vsock0,path={}", escaped(&self.device_socket)));
-        arguments.option("-device", "vhost-user-vsock-pci,id=vsock,bus=vsock-port,chardev=vsock0");
+        arguments.option("-device", format!("pcie-root-port,id={VSOCK_PORT},chassis=1,slot=1"));
+        let socket = escaped(&self.device_socket);
+        arguments.option("-chardev", format!("socket,id={VSOCK_CHARDEV},path={socket}"));
+        let device = format!("{VSOCK_DRIVER},id={VSOCK_ID},bus={VSOCK_PORT},chardev={VSOCK_CHARDEV}");
+        arguments.option("-device", device);
         arguments.option("-device", "virtio-rng-pci");
         arguments.option("-device", "virtio-balloon-pci,free-page-reporting=on");
     }
@@ -164,8 +213,9 @@ impl Vm {
     fn network(&self, arguments: &mut Arguments) {
         let netdev = match &self.network {
             None => return,
-            Some(Network::Passt { socket }) => {
-                format!("stream,id=net0,server=off,addr.type=unix,addr.path={}", escaped(socket))
+            Some(Network::Passt { socket, reconnect }) => {
+                let (path, reconnect) = (escaped(socket), reconnect.option());
+                format!("stream,id=net0,server=off,addr.type=unix,addr.path={path}{reconnect}")
             }
             Some(Network::Slirp { network, gateway, dns }) => {
                 format!("user,id=net0,net={network},host={gateway},dns={dns},ipv6=off")
@@ -210,7 +260,7 @@ mod tests {
             device_socket: "/r/device.sock".into(),
             qmp_socket: "/r/qmp.sock".into(),
             console: "/d/log/console.log".into(),
-            network: Some(Network::Passt { socket: "/r/passt.sock".into() }),
+            network: Some(Network::Passt { socket: "/r/passt.sock".into(), reconnect: Reconnect::Seconds }),
         }
     }
 
@@ -218,6 +268,23 @@ mod tests {
     fn a_comma_in_a_path_does_not_end_the_option() {
         let arguments = vm().arguments().join(" ");
         assert!(arguments.contains("file.filename=/d/a,,b/disk.raw"), "{arguments}");
+    }
+
+    #[test]
+    fn a_lost_passt_is_connected_to_again_as_each_version_can() {
+        for (version, option) in [
+            ((7, 2), "passt.sock"),
+            ((8, 0), "passt.sock,reconnect=1"),
+            ((9, 1), "passt.sock,reconnect=1"),
+            ((9, 2), "passt.sock,reconnect-ms=200"),
+            ((10, 0), "passt.sock,reconnect-ms=200"),
+        ] {
+            let reconnect = Reconnect::of_version(version);
+            let network = Some(Network::Passt { socket: "/r/passt.sock".into(), reconnect });
+            let arguments = Vm { network, ..vm() }.arguments();
+            let netdev = arguments.iter().find(|argument| argument.starts_with("stream,")).unwrap();
+            assert!(netdev.ends_with(option), "{netdev}");
+        }
     }
 
     #[test]

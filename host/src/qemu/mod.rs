@@ -2,4 +2,5 @@
 
 pub mod acceleration;
 pub mod command;
+pub mod hotplug;
 pub mod qmp;

@@ -12,12 +12,12 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::control::RequestError;
-use super::guest::{Guest, OpenError};
+use super::guest::{Guest, OPEN_DEADLINE, OpenError};
 
 /// How long the guest may take for one step of an installation, or without taking a byte.
 const STEP_DEADLINE: Duration = Duration::from_secs(120);
 /// How long daemons may take to answer: emulation is slow.
-const START_DEADLINE: Duration = Duration::from_secs(240);
+const START_DEADLINE: Duration = Duration::from_secs(480);
 /// Bytes read and sent at once.
 const CHUNK: usize = 256 << 10;
 
@@ -50,7 +50,7 @@ pub enum BundleError {
 /// As [`BundleError`] says.
 pub async fn install(guest: &Guest, offer: BundleOffer, file: &Path) -> Result<bool, BundleError> {
     let size = offer.size;
-    let mut stream = guest.opener.open_here(&StreamHeader::Bundle(offer)).await?;
+    let mut stream = guest.opener.open_here(&StreamHeader::Bundle(offer), OPEN_DEADLINE).await?;
     let sent = match receive::<BundleAnswer>(&mut stream).await? {
         BundleAnswer::Have => false,
         BundleAnswer::Send { offset } if offset <= size => {
@@ -71,7 +71,7 @@ pub async fn install(guest: &Guest, offer: BundleOffer, file: &Path) -> Result<b
 /// As [`BundleError::Start`] says.
 pub async fn start(guest: &Guest, name: &str) -> Result<(), BundleError> {
     let request = ControlRequest::StartRuntime { name: name.to_owned() };
-    guest.control.request(request, START_DEADLINE).await.map_err(BundleError::Start).map(drop)
+    guest.request(request, START_DEADLINE).await.map_err(BundleError::Start).map(drop)
 }
 
 async fn receive<T: bincode::Decode<()>>(stream: &mut UnixStream) -> Result<T, BundleError> {

@@ -6,12 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
-use dhow_protocol::control::{
-    ControlError, ControlRequest, ControlResponse, Event, FromAgent, GuestInfo, ToAgent,
-};
+use dhow_protocol::control::{ControlError, ControlRequest, ControlResponse, Event, FromAgent, ToAgent};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
 /// What the host adds to a request's deadline for the way there and back.
 const MARGIN: Duration = Duration::from_secs(2);
@@ -45,27 +43,19 @@ pub struct Control {
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     next: AtomicU64,
     waiting: Arc<Waiting>,
-    lost: watch::Receiver<bool>,
 }
 
 impl Control {
-    /// Takes over an open control stream; events go to the receiver.
+    /// Takes over an open control stream. Events go to the receiver, which is at its end when the stream
+    /// is.
     #[must_use]
     pub fn new(stream: UnixStream) -> (Self, mpsc::Receiver<Event>) {
         let (reader, writer) = stream.into_split();
         let waiting = Arc::new(Waiting::default());
         let (events, receiver) = mpsc::channel(EVENTS_LIMIT);
-        let (lost_sender, lost) = watch::channel(false);
-        tokio::spawn(read(reader, Arc::clone(&waiting), events, lost_sender));
-        let control =
-            Self { writer: tokio::sync::Mutex::new(writer), next: AtomicU64::new(1), waiting, lost };
+        tokio::spawn(read(reader, Arc::clone(&waiting), events));
+        let control = Self { writer: tokio::sync::Mutex::new(writer), next: AtomicU64::new(1), waiting };
         (control, receiver)
-    }
-
-    /// Waits until the stream has ended.
-    pub async fn lost(&self) {
-        // An error means that the reader is gone: lost likewise.
-        let _ = self.lost.clone().wait_for(|lost| *lost).await;
     }
 
     /// Sends one request and waits for its answer, `deadline` at the most.
@@ -90,18 +80,7 @@ impl Control {
         };
         match tokio::time::timeout(deadline + MARGIN, exchange).await {
             Ok(result) => result,
-            Err(_) => Err(RequestError::Deadline(deadline.as_secs())),
-        }
-    }
-
-    /// What the guest is.
-    ///
-    /// # Errors
-    /// As [`RequestError`] says.
-    pub async fn info(&self, deadline: Duration) -> Result<GuestInfo, RequestError> {
-        match self.request(ControlRequest::Info, deadline).await? {
-            ControlResponse::Info(info) => Ok(info),
-            _ => Err(RequestError::Kind),
+            Err(_) => Err(RequestError::Deadline(seconds(deadline))),
         }
     }
 
@@ -109,6 +88,11 @@ impl Control {
         let mut writer = self.writer.lock().await;
         codec::write_frame(&mut *writer, message, CONTROL_LIMIT).await.map_err(RequestError::Send)
     }
+}
+
+/// A deadline in whole seconds, for a person.
+pub fn seconds(deadline: Duration) -> u64 {
+    (deadline + Duration::from_millis(500)).as_secs()
 }
 
 struct Entry<'a> {
@@ -128,12 +112,7 @@ fn lock(
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn read(
-    mut reader: OwnedReadHalf,
-    waiting: Arc<Waiting>,
-    events: mpsc::Sender<Event>,
-    lost: watch::Sender<bool>,
-) {
+async fn read(mut reader: OwnedReadHalf, waiting: Arc<Waiting>, events: mpsc::Sender<Event>) {
     loop {
         match codec::read_frame::<FromAgent, _>(&mut reader, CONTROL_LIMIT).await {
             Ok(Some(FromAgent::Response { id, result })) => {
@@ -154,28 +133,23 @@ async fn read(
             }
         }
     }
+    // Before the events' end: who sees that finds no request that still waits.
     lock(&waiting).clear();
-    lost.send_replace(true);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    async fn pair() -> (Control, UnixStream) {
+    async fn pair() -> (Control, mpsc::Receiver<Event>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (control, events) = Control::new(ours);
-        // Kept open for the test's time.
-        tokio::spawn(async move {
-            let mut events = events;
-            while events.recv().await.is_some() {}
-        });
-        (control, theirs)
+        (control, events, theirs)
     }
 
     #[tokio::test]
     async fn answers_come_in_any_order() {
-        let (control, mut agent) = pair().await;
+        let (control, _events, mut agent) = pair().await;
         tokio::spawn(async move {
             let mut ids = Vec::new();
             for _ in 0..2 {
@@ -195,18 +169,20 @@ mod tests {
             std::future::pending::<()>().await;
         });
         let deadline = Duration::from_secs(5);
-        let (ping, info) =
-            tokio::join!(control.request(ControlRequest::Ping, deadline), control.info(deadline));
+        let (ping, info) = tokio::join!(
+            control.request(ControlRequest::Ping, deadline),
+            control.request(ControlRequest::Info, deadline)
+        );
         assert_eq!(ping.unwrap(), ControlResponse::Pong);
         assert!(matches!(info, Err(RequestError::Guest(ControlError::Failed(_)))));
     }
 
     #[tokio::test]
     async fn a_lost_stream_ends_every_request_and_is_noticed() {
-        let (control, agent) = pair().await;
+        let (control, mut events, agent) = pair().await;
         let request = control.request(ControlRequest::Ping, Duration::from_secs(60));
         let (result, ()) = tokio::join!(request, async move { drop(agent) });
         assert!(matches!(result, Err(RequestError::Lost | RequestError::Send(_))));
-        control.lost().await;
+        assert_eq!(events.recv().await, None);
     }
 }

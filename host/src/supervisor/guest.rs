@@ -1,20 +1,28 @@
-//! The way to the agent: opens streams with the hello and hands over their host side.
+//! The way to the agent: opens streams with the hello, hands over their host side, and asks.
+//!
+//! Device and control stream may be replaced while the VM runs (`healing.rs`); what is asked meanwhile
+//! waits for the new one within its own deadline.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dhow_protocol::AGENT_PORT;
+use dhow_protocol::control::{ControlRequest, ControlResponse, GuestInfo};
 use dhow_protocol::hello::{Hello, HelloError, HelloReply, REPLY_LEN, Secret};
 use dhow_protocol::stream::StreamHeader;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
-use super::control::Control;
+use super::control::{Control, RequestError, seconds};
 use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 
-/// How long the guest may take to answer a hello; a forward's connect is in it.
-pub const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the guest may take to answer a hello; a forward's connect is in it. With the device's own
+/// margin it is below what a command waits.
+pub const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -33,27 +41,52 @@ pub enum OpenError {
 /// Opens streams to this boot's agent. Clones share the device.
 #[derive(Clone)]
 pub struct Opener {
-    device: DeviceClient,
+    device: watch::Receiver<Option<DeviceClient>>,
     secret: Secret,
 }
 
 impl Opener {
-    /// Opens streams through `device`, proving `secret`.
+    /// Opens streams through whichever device there is, proving `secret`.
     #[must_use]
-    pub fn new(device: DeviceClient, secret: Secret) -> Self {
+    pub fn new(device: watch::Receiver<Option<DeviceClient>>, secret: Secret) -> Self {
         Self { device, secret }
     }
 
-    /// Opens a stream as far as the agent's consent; the host side is attached by the caller.
+    /// Opens a stream as far as the agent's consent; the host side is attached by the caller. Where the
+    /// device is just being replaced, the new one is waited for.
     ///
     /// # Errors
     /// As [`OpenError`] says; the agent's refusal is [`HelloError::Refused`].
     pub async fn open(&self, header: &StreamHeader, deadline: Duration) -> Result<PendingStream, OpenError> {
+        let end = Instant::now() + deadline;
+        let mut left = deadline;
+        let mut device = self.device.clone();
+        loop {
+            let client = device.borrow_and_update().clone();
+            if let Some(client) = client {
+                match self.open_through(&client, header, left).await {
+                    Err(OpenError::Transport(TransportError::DeviceGone)) => {}
+                    result => return result,
+                }
+            }
+            if !matches!(timeout_at(end, device.changed()).await, Ok(Ok(()))) {
+                return Err(TransportError::DeviceGone.into());
+            }
+            left = end.saturating_duration_since(Instant::now());
+        }
+    }
+
+    async fn open_through(
+        &self,
+        client: &DeviceClient,
+        header: &StreamHeader,
+        deadline: Duration,
+    ) -> Result<PendingStream, OpenError> {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce).map_err(|error| io::Error::other(error.to_string()))?;
         let preamble = Hello::preamble(&self.secret, nonce, header)?;
         let request = OpenRequest { guest_port: AGENT_PORT, preamble, reply_len: REPLY_LEN, deadline };
-        let pending = self.device.open(request).await?;
+        let pending = client.open(request).await?;
         HelloReply::parse(pending.reply(), &self.secret, &nonce)?;
         Ok(pending)
     }
@@ -70,19 +103,83 @@ impl Opener {
     ///
     /// # Errors
     /// As [`Opener::open`].
-    pub async fn open_here(&self, header: &StreamHeader) -> Result<UnixStream, OpenError> {
+    pub async fn open_here(
+        &self,
+        header: &StreamHeader,
+        deadline: Duration,
+    ) -> Result<UnixStream, OpenError> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let ours = UnixStream::from_std(ours)?;
-        self.open_with(header, theirs.into()).await?;
+        self.open(header, deadline).await?.attach(theirs.into()).await?;
         Ok(ours)
     }
 }
 
-/// A guest that answers.
+/// The guest as the services see it. Clones share it.
+#[derive(Clone)]
 pub struct Guest {
     /// Opens further streams.
     pub opener: Opener,
-    /// Requests.
-    pub control: Control,
+    control: watch::Receiver<Option<Arc<Control>>>,
+}
+
+impl Guest {
+    /// Asks on whichever control stream there is.
+    pub fn new(opener: Opener, control: watch::Receiver<Option<Arc<Control>>>) -> Self {
+        Self { opener, control }
+    }
+
+    /// Waits until there is a control stream.
+    pub async fn answers(&self) {
+        // An error means that the VM is ending; who waits is ended, too.
+        if self.control.clone().wait_for(Option::is_some).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Waits until the control stream is another one than now: the agent was restarted, or the device.
+    pub async fn renewed(&self) {
+        let mut control = self.control.clone();
+        let before = control.borrow_and_update().clone();
+        let other = control.wait_for(|now| match (now, &before) {
+            (Some(now), Some(before)) => !Arc::ptr_eq(now, before),
+            (Some(_), None) => true,
+            (None, _) => false,
+        });
+        if other.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Sends one request and waits for its answer, `deadline` at the most, also for a control stream.
+    ///
+    /// # Errors
+    /// As [`RequestError`] says.
+    pub async fn request(
+        &self,
+        request: ControlRequest,
+        deadline: Duration,
+    ) -> Result<ControlResponse, RequestError> {
+        let end = Instant::now() + deadline;
+        let mut control = self.control.clone();
+        let current = match timeout_at(end, control.wait_for(Option::is_some)).await {
+            Ok(Ok(current)) => current.clone(),
+            Ok(Err(_)) => None,
+            Err(_) => return Err(RequestError::Deadline(seconds(deadline))),
+        };
+        let current = current.ok_or(RequestError::Lost)?;
+        current.request(request, end.saturating_duration_since(Instant::now())).await
+    }
+
+    /// What the guest is.
+    ///
+    /// # Errors
+    /// As [`RequestError`] says.
+    pub async fn info(&self, deadline: Duration) -> Result<GuestInfo, RequestError> {
+        match self.request(ControlRequest::Info, deadline).await? {
+            ControlResponse::Info(info) => Ok(info),
+            _ => Err(RequestError::Kind),
+        }
+    }
 }

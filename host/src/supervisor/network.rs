@@ -2,10 +2,12 @@
 
 use std::net::Ipv4Addr;
 
+use dhow_parent::SpawnedChild;
 use dhow_protocol::boot::NetworkConfig;
 
 use super::processes::{ProcessError, Processes};
-use crate::qemu::command::Network;
+use super::record::NetworkKind;
+use crate::qemu::command::{Network, Reconnect};
 
 /// The VM's own network. Each VM has its own card and its own passt, so VMs do not see each other.
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
@@ -36,6 +38,10 @@ pub struct Plan {
     pub card: Option<Network>,
     /// The guest's side.
     pub guest: NetworkConfig,
+    /// What a successor must know of it.
+    pub kind: NetworkKind,
+    /// passt, where it is the way.
+    pub passt: Option<SpawnedChild>,
     /// What a person should know.
     pub notice: Option<String>,
 }
@@ -53,15 +59,18 @@ impl Plan {
     }
 }
 
-/// Starts passt, or falls back to QEMU's own network.
+/// Starts passt, or falls back to QEMU's own network; `qemu` is its version.
 ///
 /// # Errors
 /// When passt is there and does not come up.
-pub async fn bring_up(processes: &Processes<'_>) -> Result<Plan, ProcessError> {
+pub async fn bring_up(processes: &Processes<'_>, qemu: (u32, u32)) -> Result<Plan, ProcessError> {
     let guest = NetworkConfig { address: GUEST, prefix: PREFIX, gateway: GATEWAY, dns: DNS, mtu: MTU };
-    let card_passt = Network::Passt { socket: processes.paths.passt_socket() };
-    if processes.passt(&passt_arguments()).await?.is_some() {
-        return Ok(Plan { card: Some(card_passt), guest, notice: None });
+    let passt = start_passt(processes).await?;
+    if passt.is_some() {
+        let reconnect = Reconnect::of_version(qemu);
+        let card = Network::Passt { socket: processes.paths.passt_socket(), reconnect };
+        let kind = NetworkKind::Passt { reconnects: reconnect != Reconnect::Never };
+        return Ok(Plan { card: Some(card), guest, kind, passt, notice: None });
     }
     let card = Network::Slirp {
         network: "192.168.127.0/24".to_owned(),
@@ -71,7 +80,15 @@ pub async fn bring_up(processes: &Processes<'_>) -> Result<Plan, ProcessError> {
     let notice = "passt is not installed: the VM uses QEMU's own network, through which it reaches every \
                   service on this host's loopback; install passt to close that"
         .to_owned();
-    Ok(Plan { card: Some(card), guest, notice: Some(notice) })
+    Ok(Plan { card: Some(card), guest, kind: NetworkKind::Slirp, passt, notice: Some(notice) })
+}
+
+/// Starts passt, where it is installed. QEMU connects to it.
+///
+/// # Errors
+/// When it does not come up.
+pub async fn start_passt(processes: &Processes<'_>) -> Result<Option<SpawnedChild>, ProcessError> {
+    processes.passt(&passt_arguments()).await
 }
 
 /// passt(1): no inbound ports, no map of the gateway to the host's loopback, our addresses.
@@ -81,6 +98,8 @@ fn passt_arguments() -> Vec<String> {
     let mut arguments: Vec<String> = [
         "--foreground",
         "--quiet",
+        // It ends with QEMU, also where nobody is left to end it.
+        "--one-off",
         "--no-map-gw",
         "--ipv4-only",
         "--tcp-ports",

@@ -1,4 +1,4 @@
-//! What is spawned through the keeper: the vsock device, passt, file servers, QEMU.
+//! What is spawned through the keeper: the vsock device, passt, file servers, QEMU; and how it ends.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,9 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dhow_parent::{ParentError, ParentLink, Spawn, SpawnedChild};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::Signal;
+use tokio::io::unix::AsyncFd;
 
+use super::ledger::Ledger;
 use super::state::State;
 use crate::config::{MountSpec, Paths};
+use crate::keeper;
 use crate::qemu::acceleration::{QEMU, find_in_path};
 use crate::qemu::command::Vm;
 
@@ -51,25 +56,41 @@ pub enum ProcessError {
     },
 }
 
-/// Starts processes for one profile and notes their pids for `dhow status`.
+/// Names that processes are spawned under.
+pub const QEMU_NAME: &str = "qemu";
+/// Likewise.
+pub const DEVICE_NAME: &str = "vsock-device";
+/// Likewise.
+pub const PASST_NAME: &str = "passt";
+
+/// Name of a share's file server, and of the held socket over which it is given sessions.
+pub fn file_server_name(share: u32) -> String {
+    format!("file-server-{share}")
+}
+
+/// Starts processes for one profile and notes them for `dhow status` and for a successor.
 pub struct Processes<'a> {
     /// The way to the keeper.
     pub link: &'a ParentLink,
     /// Where sockets and logs lie.
     pub paths: &'a Paths,
-    /// Where pids are noted.
+    /// Where pids are noted for people.
     pub state: &'a State,
+    /// Where they are noted for a successor.
+    pub ledger: &'a Ledger,
 }
 
 impl Processes<'_> {
-    /// The vsock device, with its two listening sockets.
+    /// A vsock device, which listens on two sockets that are made for it. There must be no other one.
     ///
     /// # Errors
     /// As [`ProcessError`] says; likewise below.
-    pub async fn vsock_device(&self, vhost: OwnedFd, control: OwnedFd) -> Result<SpawnedChild, ProcessError> {
+    pub async fn vsock_device(&self) -> Result<SpawnedChild, ProcessError> {
         let argv = self.own(&["vsock-device", self.paths.profile().as_str()])?;
+        let vhost = listen(&self.paths.device_socket(), SocketType::STREAM)?;
+        let control = listen(&self.paths.device_control_socket(), SocketType::SEQPACKET)?;
         let fds = vec![("vhost".to_owned(), vhost), ("control".to_owned(), control)];
-        self.spawn("vsock-device", argv, fds).await
+        self.spawn(DEVICE_NAME, argv, fds).await
     }
 
     /// The file server of one share; `control` is where it is handed sessions.
@@ -88,12 +109,12 @@ impl Processes<'_> {
         }
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let argv = self.own(&arguments)?;
-        self.spawn(&format!("file-server-{number}"), argv, vec![("control".to_owned(), control)]).await
+        self.spawn(&file_server_name(number), argv, vec![("control".to_owned(), control)]).await
     }
 
     /// passt, listening on its socket; `None` where it is not installed. It ends with QEMU's connection.
     pub async fn passt(&self, arguments: &[String]) -> Result<Option<SpawnedChild>, ProcessError> {
-        let Some(program) = find_in_path("passt") else {
+        let Some(program) = find_in_path(PASST_NAME) else {
             return Ok(None);
         };
         let socket = self.paths.passt_socket();
@@ -102,8 +123,8 @@ impl Processes<'_> {
         let mut argv = vec![program.display().to_string(), "--socket".to_owned()];
         argv.push(socket.display().to_string());
         argv.extend_from_slice(arguments);
-        let child = self.spawn("passt", argv, Vec::new()).await?;
-        self.wait_for_socket("passt", &socket, &child).await?;
+        let child = self.spawn(PASST_NAME, argv, Vec::new()).await?;
+        self.wait_for_socket(PASST_NAME, &socket, &child).await?;
         Ok(Some(child))
     }
 
@@ -114,12 +135,12 @@ impl Processes<'_> {
         argv.extend(vm.arguments());
         let _ = std::fs::remove_file(&vm.qmp_socket);
         self.fresh_log(&vm.console)?;
-        self.spawn("qemu", argv, vec![("disk".to_owned(), disk)]).await
+        self.spawn(QEMU_NAME, argv, vec![("disk".to_owned(), disk)]).await
     }
 
     /// A command line of this very program.
     fn own(&self, arguments: &[&str]) -> Result<Vec<String>, ProcessError> {
-        let program = std::env::current_exe().map_err(|source| ProcessError::File {
+        let program = keeper::own_program().map_err(|source| ProcessError::File {
             what: "find",
             path: "the dhow program".into(),
             source,
@@ -158,6 +179,7 @@ impl Processes<'_> {
             facts.processes.retain(|(known, _)| known != name);
             facts.processes.push((name.to_owned(), child.pid));
         });
+        self.ledger.change(|record| record.note(&child));
         Ok(child)
     }
 
@@ -199,6 +221,59 @@ impl Processes<'_> {
     }
 }
 
+/// A listening unix socket at `path`, in the place of one that a process left which has ended.
+fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, ProcessError> {
+    let make = || -> io::Result<OwnedFd> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        // QEMU, and a supervisor with its successor.
+        rustix::net::listen(&socket, 8)?;
+        Ok(socket)
+    };
+    make().map_err(|source| ProcessError::File { what: "listen on", path: path.to_owned(), source })
+}
+
+/// Whether a signal has stopped the process: proc_pid_stat(5), field 3, "T" or "t".
+pub fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 't']))
+}
+
+/// Waits until the process of `pidfd` has ended; it need not be a child of this one.
+pub async fn ended(pidfd: &OwnedFd) {
+    /// Between looks, where there are too many open files to be woken.
+    const LOOK_AGAIN: Duration = Duration::from_secs(1);
+    // SAFETY: the duplicate is owned by the AsyncFd and never taken out or replaced while it lives.
+    let watched = pidfd.try_clone().and_then(|fd| unsafe { AsyncFd::register(fd) }.map_err(Into::into));
+    if let Ok(watched) = watched
+        && watched.readable().await.is_ok()
+    {
+        return;
+    }
+    while !has_ended(pidfd) {
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Ends a process: with SIGTERM, and where it has not gone within `grace` with SIGKILL. Whether it is
+/// gone.
+pub async fn end(child: &SpawnedChild, grace: Duration) -> bool {
+    for signal in [Signal::TERM, Signal::KILL] {
+        // ESRCH: it has ended.
+        if !has_ended(&child.pidfd) && rustix::process::pidfd_send_signal(&child.pidfd, signal).is_ok() {
+            tracing::info!(name = child.name, pid = child.pid, ?signal, "ending a process");
+        }
+        if tokio::time::timeout(grace, ended(&child.pidfd)).await.is_ok() {
+            return true;
+        }
+    }
+    false
+}
+
 /// Whether the process of `pidfd` has ended; it need not be a child of this one.
 pub fn has_ended(pidfd: &OwnedFd) -> bool {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -206,16 +281,26 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
 }
 
+/// Length of a log in bytes; 0 where there is none.
+pub fn log_length(path: &Path) -> u64 {
+    path.metadata().map_or(0, |meta| meta.len())
+}
+
 /// The last `lines` lines of a log, on lines of their own, control characters escaped; empty where
 /// there is none.
 pub fn log_end(path: &Path, lines: usize) -> String {
+    log_end_after(path, 0, lines)
+}
+
+/// As [`log_end`], of what follows the first `skipped` bytes.
+pub fn log_end_after(path: &Path, skipped: u64, lines: usize) -> String {
     /// As many bytes as the lines at the end of a log can be expected to have.
     const WINDOW: u64 = 16 << 10;
     let read = || -> io::Result<Vec<u8>> {
         use std::io::{Read, Seek, SeekFrom};
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW)))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW).max(skipped)))?;
         let mut bytes = Vec::new();
         file.take(WINDOW).read_to_end(&mut bytes)?;
         Ok(bytes)

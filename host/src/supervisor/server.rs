@@ -9,6 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 use super::guest::{Guest, OPEN_DEADLINE};
+use super::processes::is_stopped;
 use super::state::{Snapshot, State};
 use crate::api::{API_LIMIT, ApiReply, ApiRequest, StatusReport, VmState};
 
@@ -87,12 +88,12 @@ async fn status(state: &State) -> StatusReport {
     let facts = state.facts();
     let (mut guest_info, mut silence) = (None, None);
     if let Some(guest) = state.guest() {
-        match guest.control.info(INFO_DEADLINE).await {
+        match guest.info(INFO_DEADLINE).await {
             Ok(info) => guest_info = Some(info),
             Err(error) => silence = Some(crate::errors::chain(&error)),
         }
     }
-    let problem = snapshot.problem.or(silence);
+    let problem = snapshot.problem().or(silence);
     let state_now = match (snapshot.vm, &problem) {
         (VmState::Running, Some(_)) => VmState::Degraded,
         (vm, _) => vm,
@@ -192,7 +193,17 @@ async fn open(mut stream: UnixStream, state: &State, header: StreamHeader) -> Se
     };
     match attach(&mut stream, &guest, &header).await {
         Ok(()) => Ok(()),
-        Err(error) => refuse(&mut stream, crate::errors::chain(&error), None).await,
+        Err(error) => {
+            let stopped: Vec<_> =
+                state.facts().processes.into_iter().filter(|(_, pid)| is_stopped(*pid)).collect();
+            let mut message = crate::errors::chain(&error);
+            for (name, pid) in &stopped {
+                message.push_str(&format!("; the {name} process {pid} is stopped by a signal"));
+            }
+            let pids: Vec<String> = stopped.iter().map(|(_, pid)| pid.to_string()).collect();
+            let hint = (!pids.is_empty()).then(|| format!("`kill -CONT {}` lets it go on", pids.join(" ")));
+            refuse(&mut stream, message, hint.as_deref()).await
+        }
     }
 }
 

@@ -1,26 +1,32 @@
-//! What runs for as long as the guest does: docker.sock, port forwards, names, events, the clock.
+//! What runs for as long as the VM does: docker.sock, port forwards and their sockets' keeping, names,
+//! the clock.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use dhow_protocol::control::{ControlRequest, DaemonState, Event};
+use dhow_parent::ParentLink;
+use dhow_protocol::control::{ControlRequest, DaemonState, DaemonStatus};
 use dhow_protocol::stream::StreamHeader;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::guest::{Guest, Opener};
+use super::guest::{OPEN_DEADLINE, Opener};
+use super::paused;
 use super::state::State;
-use crate::forward::{self, Forwards};
+use super::vm::Vm;
+use crate::forward::{self, Change, Forwards};
 
 /// The guest's docker socket.
 const DOCKER_SOCKET: &str = "/run/docker.sock";
 /// How long until an ended stream is opened again.
-const REOPEN: Duration = Duration::from_millis(500);
+const REOPEN: Duration = Duration::from_millis(200);
 /// How often the guest is told the time; it slews in between.
 const CLOCK_PERIOD: Duration = Duration::from_secs(10);
+/// How soon a guest that was silent is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long the guest may take to answer that it lives.
-const PING_DEADLINE: Duration = Duration::from_secs(15);
+const PING_DEADLINE: Duration = Duration::from_secs(10);
 
 impl forward::Opener for Opener {
     async fn open(&self, header: StreamHeader, fd: OwnedFd) -> Result<(), String> {
@@ -35,73 +41,67 @@ pub fn unix_nanos() -> u64 {
 }
 
 /// Starts the services that need only the agent. Dropping the set ends them.
-pub fn start(
-    state: &Arc<State>,
-    guest: &Arc<Guest>,
-    forwards: &Arc<Forwards>,
-    events: mpsc::Receiver<Event>,
-) -> JoinSet<()> {
-    let mut tasks = JoinSet::new();
-    tasks.spawn(follow_events(Arc::clone(state), events));
-    tasks.spawn(tell_time(Arc::clone(state), Arc::clone(guest)));
-    tasks.spawn(watch_control(Arc::clone(state), Arc::clone(guest)));
-    tasks.spawn(serve_names(guest.opener.clone()));
-    tasks.spawn(follow_ports(guest.opener.clone(), Arc::clone(forwards)));
-    tasks
+pub fn start(tasks: &mut JoinSet<()>, vm: &Arc<Vm>) {
+    tasks.spawn(tell_time(Arc::clone(vm)));
+    tasks.spawn(serve_names(vm.guest.opener.clone()));
+    tasks.spawn(follow_ports(vm.guest.opener.clone(), Arc::clone(&vm.forwards)));
 }
 
 /// Adds docker.sock, once docker answers.
-pub fn serve_docker(tasks: &mut JoinSet<()>, listener: tokio::net::UnixListener, guest: &Guest) {
-    tasks.spawn(forward::serve_unix(listener, DOCKER_SOCKET.to_owned(), guest.opener.clone()));
+pub fn serve_docker(tasks: &mut JoinSet<()>, listener: tokio::net::UnixListener, vm: &Vm) {
+    tasks.spawn(forward::serve_unix(listener, DOCKER_SOCKET.to_owned(), vm.guest.opener.clone()));
 }
 
-async fn follow_events(state: Arc<State>, mut events: mpsc::Receiver<Event>) {
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Daemon(status) => {
-                let failure = match &status.state {
-                    DaemonState::Failed(reason) => Some(format!("{} has failed: {reason}", status.name)),
-                    _ => None,
-                };
-                tracing::info!(?status, "daemon");
-                state.learn_daemon(status);
-                if failure.is_some() {
-                    state.problem(failure);
-                }
-            }
-            Event::Warning(text) => tracing::warn!(?text, "the guest warns"),
+/// Has the keeper hold the sockets of forwards, so that they outlive this process. It ends when
+/// `changes` does.
+pub async fn hold_sockets(link: ParentLink, mut changes: mpsc::UnboundedReceiver<Change>) {
+    while let Some(change) = changes.recv().await {
+        let held = match &change {
+            Change::Hold(name, fd) => link.hold(name, fd.as_fd()).await,
+            Change::Release(name) => link.release(name).await,
+        };
+        if let Err(error) = held {
+            // The forward works; only a client that connects while the supervisor is dead is refused.
+            tracing::warn!(error = crate::errors::chain(&error), ?change, "the keeper does not follow");
         }
     }
+}
+
+/// Notes a daemon's state.
+pub fn learn_daemon(state: &State, status: DaemonStatus) {
+    let failure = match &status.state {
+        DaemonState::Failed(reason) => Some(format!("{} has failed: {reason}", status.name)),
+        _ => None,
+    };
+    tracing::info!(?status, "daemon");
+    state.problem(&format!("daemon {}", status.name), failure);
+    state.learn_daemon(status);
 }
 
 /// Tells the guest the time, and learns from it whether the guest answers.
-async fn tell_time(state: Arc<State>, guest: Arc<Guest>) {
-    let mut silent = false;
+async fn tell_time(vm: Arc<Vm>) {
+    const TOPIC: &str = "silence";
     loop {
+        vm.guest.answers().await;
         let request = ControlRequest::SetClock { unix_nanos: unix_nanos() };
-        match guest.control.request(request, PING_DEADLINE).await {
-            Ok(_) if silent => {
-                silent = false;
-                state.problem(None);
+        let pause = match vm.guest.request(request, PING_DEADLINE).await {
+            Ok(_) => {
+                vm.state.problem(TOPIC, None);
+                CLOCK_PERIOD
             }
-            Ok(_) => {}
             Err(error) => {
-                silent = true;
-                state.problem(Some(crate::errors::chain(&error)));
+                vm.state.problem(TOPIC, Some(crate::errors::chain(&error)));
+                paused::go_on(&vm).await;
+                ASK_AGAIN
             }
-        }
-        tokio::time::sleep(CLOCK_PERIOD).await;
+        };
+        tokio::time::sleep(pause).await;
     }
-}
-
-async fn watch_control(state: Arc<State>, guest: Arc<Guest>) {
-    guest.control.lost().await;
-    state.problem(Some("the connection to the guest's agent is lost".to_owned()));
 }
 
 async fn serve_names(opener: Opener) {
     loop {
-        match opener.open_here(&StreamHeader::Dns).await {
+        match opener.open_here(&StreamHeader::Dns, OPEN_DEADLINE).await {
             Ok(stream) => {
                 let ended = forward::serve_dns(stream).await;
                 tracing::info!(?ended, "the stream of name queries ended");
@@ -114,7 +114,7 @@ async fn serve_names(opener: Opener) {
 
 async fn follow_ports(opener: Opener, forwards: Arc<Forwards>) {
     loop {
-        match opener.open_here(&StreamHeader::Ports).await {
+        match opener.open_here(&StreamHeader::Ports, OPEN_DEADLINE).await {
             Ok(mut stream) => {
                 let ended = forwards.serve(&mut stream, &opener).await;
                 tracing::info!(?ended, "the stream of listeners ended");

@@ -1,48 +1,37 @@
-//! The steps from nothing to a docker that answers.
+//! The steps from nothing to a VM whose agent is about to answer; `guest_setup.rs` has the rest.
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use dhow_parent::{Exit, ParentError, ParentLink, Restored, SpawnedChild};
+use dhow_parent::{ParentError, ParentLink, Restored};
 use dhow_protocol::boot::BootConfig;
 use dhow_protocol::codec;
 use dhow_protocol::hello::Secret;
-use dhow_protocol::stream::StreamHeader;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::bundles::{self, BundleError};
-use super::control::Control;
-use super::guest::{Guest, OpenError, Opener};
+use super::bundles::BundleError;
+use super::guest_setup::{self, Helpers};
+use super::ledger::Ledger;
 use super::network;
-use super::processes::{ProcessError, Processes, has_ended, log_end};
+use super::processes::{ProcessError, Processes};
+use super::record::{NetworkKind, Phase, Record, ShareRecord, host_boot};
 use super::services;
-use super::shares;
-use super::state::State;
+use super::state::{Facts, State};
+use super::vm::{Parts, Running, Vm};
 use crate::config::{Acceleration, ConfigError, Paths, Profile};
-use crate::docker;
-use crate::forward::{Forwards, Policy};
+use crate::forward::Forwards;
 use crate::images::initramfs;
 use crate::images::store::{Image, ImageError};
 use crate::keeper;
 use crate::qemu::acceleration::{self, QemuError};
-use crate::qemu::command::{Accelerator, Vm};
-use crate::vsock::client::DeviceClient;
+use crate::qemu::command::{self, Accelerator};
 
-/// How long a guest may take from QEMU's start to its agent's first answer.
-const BOOT_DEADLINE: Duration = Duration::from_secs(120);
-/// One attempt to reach the agent; in between QEMU's end is looked for.
-const BOOT_ATTEMPT: Duration = Duration::from_secs(5);
-/// Lines of the guest's console that an error shows.
-const CONSOLE_LINES: usize = 15;
 /// The bundle that makes docker.
-const DOCKER_BUNDLE: &str = "docker";
+pub const DOCKER_BUNDLE: &str = "docker";
 /// The agent's file, beside this program or in the image's folder.
 const AGENT: &str = "dhow-agent";
 
@@ -70,9 +59,9 @@ pub enum StartError {
     /// The keeper.
     #[error(transparent)]
     Parent(#[from] ParentError),
-    /// The keeper did not hand over what it must hold.
-    #[error("the keeper did not hand over {0}")]
-    Missing(&'static str),
+    /// Somebody else has the disk.
+    #[error("the data disk {} is in use by another process", .0.display())]
+    DiskInUse(PathBuf),
     /// A file of the start could not be written.
     #[error("cannot {what} {}", path.display())]
     File {
@@ -88,13 +77,12 @@ pub enum StartError {
     #[error("QEMU ended while the guest was coming up{0}")]
     QemuEnded(String),
     /// The guest did not come up.
-    #[error("the guest did not come up within {} s{console}", BOOT_DEADLINE.as_secs())]
+    #[error("the guest did not come up within {seconds} s{console}")]
     Boot {
-        /// The end of the console.
+        /// How long it was waited for.
+        seconds: u64,
+        /// The end of the guest's console.
         console: String,
-        /// The last attempt's failure.
-        #[source]
-        source: Option<OpenError>,
     },
     /// Docker could not be installed or started.
     #[error("docker did not start in the guest")]
@@ -118,6 +106,9 @@ impl StartError {
             Self::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 "make room on the disk and start again"
             }
+            Self::DiskInUse(_) => {
+                "a QEMU that nobody knows of may still run (`pgrep -a qemu`): when it has ended, start again"
+            }
             Self::QemuEnded(_) | Self::Boot { .. } => {
                 "`dhow logs console` and `dhow logs qemu` show more; then try `dhow start` again"
             }
@@ -138,109 +129,125 @@ pub struct Setup {
     pub paths: Paths,
     /// docker.sock, listening.
     pub docker: UnixListener,
-}
-
-/// A VM whose docker answers.
-pub struct Running {
-    /// Requests to the agent.
-    pub guest: Arc<Guest>,
-    /// QEMU.
-    pub qemu: SpawnedChild,
-    /// Where everything lies.
-    pub paths: Paths,
-    /// The profile's name.
-    pub profile: String,
-    /// The port forwards.
+    /// The port forwards, with none yet.
     pub forwards: Arc<Forwards>,
-    /// docker.sock, forwards, names, events, clock.
-    pub services: JoinSet<()>,
-    exits: mpsc::UnboundedReceiver<Exit>,
-}
-
-impl Running {
-    /// Waits until something that the VM cannot do without has ended; says what.
-    pub async fn ended(&mut self) -> String {
-        while let Some(exit) = self.exits.recv().await {
-            tracing::warn!(?exit, "a process of the host side ended");
-            if exit.name == "qemu" {
-                let log = log_end(&self.paths.log_dir().join("qemu.log"), 5);
-                return format!("QEMU ended by itself{log}");
-            }
-        }
-        "the keeper is gone".to_owned()
-    }
 }
 
 /// Brings everything up, each step shown in `state`.
 ///
 /// # Errors
-/// As [`StartError`] says. What was started by then is ended with the keeper.
+/// As [`StartError`] says. What was started by then is in the record, and the caller's to end.
 pub async fn bring_up(
     setup: Setup,
     mut restored: Restored,
     state: &Arc<State>,
 ) -> Result<Running, StartError> {
-    let Setup { link, profile, paths, docker } = setup;
+    let Setup { link, profile, paths, docker, forwards } = setup;
+    let disk = take_disk(&mut restored.fds, &paths)?;
     let image = Image::find(profile.image.as_deref(), &paths.images_dir())?;
-    let accelerator = state
-        .step("finding out how to run a VM", choose_accelerator(&profile, &paths, &image, state))
-        .await?;
-    state.learn(|facts| {
-        facts.acceleration = accelerator.name().to_owned();
-        facts.cpus = profile.cpus;
-        facts.memory_mib = profile.memory_mib;
-        facts.disk_gib = profile.disk_gib;
-        facts.image = image.folder().to_owned();
-    });
-    let processes = Processes { link: &link, paths: &paths, state };
-    let disk = take(&mut restored.fds, keeper::DISK)?;
+    let choosing = choose_accelerator(&profile, &paths, &image, state);
+    let accelerator = state.step("finding out how to run a VM", choosing).await?;
     grow(&disk, profile.disk_gib << 30).map_err(|source| StartError::File {
         what: "grow",
         path: paths.disk(),
         source,
     })?;
-    let plan = network::bring_up(&processes).await?;
-    if let Some(notice) = &plan.notice {
-        state.notice(notice.clone());
-    }
-    let secret = new_secret(&paths)?;
-    let boot = BootConfig {
-        hostname: hostname(profile.name.as_str()),
-        network: Some(plan.guest),
-        environment: plan.environment(&profile.environment),
-        unix_nanos: services::unix_nanos(),
-        log_filter: std::env::var("DHOW_AGENT_LOG").unwrap_or_else(|_| "info".to_owned()),
+    let ledger = begin_record(&profile, &paths, &image, accelerator)?;
+    show(&ledger.record(), state);
+    let (qemu, helpers, secret) = {
+        let processes = Processes { link: &link, paths: &paths, state, ledger: &ledger };
+        let plan = network::bring_up(&processes, acceleration::qemu_version().await?).await?;
+        if let Some(notice) = &plan.notice {
+            state.notice(notice.clone());
+        }
+        ledger.change(|record| record.network = plan.kind);
+        let secret = new_secret(&paths)?;
+        let boot = BootConfig {
+            hostname: hostname(profile.name.as_str()),
+            network: Some(plan.guest),
+            environment: plan.environment(&profile.environment),
+            unix_nanos: services::unix_nanos(),
+            log_filter: std::env::var("DHOW_AGENT_LOG").unwrap_or_else(|_| "info".to_owned()),
+        };
+        let command = compose(&profile, &paths, &image, accelerator, plan.card, &boot)?;
+        let device = processes.vsock_device().await?;
+        let qemu = processes.qemu(&command, disk).await?;
+        (qemu, Helpers { device: Some(device), passt: plan.passt, servers: Vec::new() }, secret)
     };
-    let vm = compose(&profile, &paths, &image, accelerator, plan.card, &boot)?;
-    let vhost = take(&mut restored.fds, keeper::DEVICE)?;
-    let control = take(&mut restored.fds, keeper::DEVICE_CONTROL)?;
-    processes.vsock_device(vhost, control).await?;
-    let qemu = processes.qemu(&vm, disk).await?;
-    let opener = Opener::new(connect_device(&paths)?, secret);
-    let stream = state.step("booting the VM", first_stream(&opener, &qemu, &paths, &vm.console)).await?;
-    let (control, events) = Control::new(stream);
-    let guest = Arc::new(Guest { opener, control });
-    state.set_guest(Some(Arc::clone(&guest)));
-    let forwards = Forwards::new(Policy::for_this_process());
-    state.set_forwards(Arc::clone(&forwards));
-    let mut tasks = services::start(state, &guest, &forwards, events);
-    mount_shares(state, &processes, &guest, &profile).await;
-    start_docker(state, &guest, &image).await?;
-    services::serve_docker(&mut tasks, docker, &guest);
-    activate(state, &profile, &paths).await;
-    Ok(Running {
-        guest,
-        qemu,
-        profile: profile.name.to_string(),
-        paths,
-        forwards,
-        services: tasks,
-        exits: restored.exits,
+    let parts = Parts { link, paths, state: Arc::clone(state), ledger, qemu, forwards, secret };
+    bring_docker(Vm::new(parts), helpers, docker, restored).await
+}
+
+/// Goes on from a VM that boots to a docker that answers.
+///
+/// # Errors
+/// As [`bring_up`].
+pub async fn bring_docker(
+    vm: Arc<Vm>,
+    mut helpers: Helpers,
+    docker: UnixListener,
+    restored: Restored,
+) -> Result<Running, StartError> {
+    let mut tasks = JoinSet::new();
+    guest_setup::heal(&mut tasks, &vm, &mut helpers);
+    guest_setup::finish(&mut tasks, &vm, &mut helpers, docker).await?;
+    Ok(Running { vm, tasks, exits: restored.exits })
+}
+
+/// The disk's fd, open and locked. A keeper that could not lock it has none.
+fn take_disk(fds: &mut HashMap<String, OwnedFd>, paths: &Paths) -> Result<OwnedFd, StartError> {
+    fds.remove(keeper::DISK).ok_or_else(|| StartError::DiskInUse(paths.disk()))
+}
+
+/// Notes the VM before anything of it is started.
+fn begin_record(
+    profile: &Profile,
+    paths: &Paths,
+    image: &Image,
+    accelerator: Accelerator,
+) -> Result<Ledger, StartError> {
+    let begin = || -> io::Result<Ledger> {
+        let record = Record {
+            host_boot: host_boot()?,
+            phase: Phase::Starting,
+            acceleration: accelerator.name().to_owned(),
+            cpus: profile.cpus,
+            memory_mib: profile.memory_mib,
+            disk_gib: profile.disk_gib,
+            image: image.folder().to_owned(),
+            activate: profile.activate,
+            network: NetworkKind::Slirp,
+            shares: share_records(profile)?,
+            processes: Vec::new(),
+        };
+        Ledger::begin(paths, record)
+    };
+    begin().map_err(|source| StartError::File {
+        what: "write the VM's record to",
+        path: paths.run_dir().to_owned(),
+        source,
     })
 }
 
-fn take(fds: &mut HashMap<String, OwnedFd>, name: &'static str) -> Result<OwnedFd, StartError> {
-    fds.remove(name).ok_or(StartError::Missing(name))
+fn share_records(profile: &Profile) -> io::Result<Vec<ShareRecord>> {
+    let shares = (1..).zip(&profile.mounts);
+    shares
+        .map(|(number, spec)| {
+            let mut session = [0; 16];
+            getrandom::fill(&mut session).map_err(|error| io::Error::other(error.to_string()))?;
+            Ok(ShareRecord { number, path: spec.path.clone(), read_only: spec.read_only, session })
+        })
+        .collect()
+}
+
+/// Shows what the record says of the VM.
+pub fn show(record: &Record, state: &State) {
+    let Record { acceleration, image, .. } = record.clone();
+    let (cpus, memory_mib, disk_gib) = (record.cpus, record.memory_mib, record.disk_gib);
+    state.learn(|facts| {
+        let Facts { processes, daemons, mounts, .. } = std::mem::take(facts);
+        *facts = Facts { acceleration, cpus, memory_mib, disk_gib, image, processes, daemons, mounts };
+    });
 }
 
 async fn choose_accelerator(
@@ -292,6 +299,21 @@ fn secret_file(paths: &Paths) -> PathBuf {
     paths.run_dir().join("secret")
 }
 
+/// The secret of the guest that runs.
+///
+/// # Errors
+/// When there is none.
+pub fn read_secret(paths: &Paths) -> Result<Secret, StartError> {
+    let path = secret_file(paths);
+    let bytes = std::fs::read(&path).and_then(|bytes| {
+        <[u8; 32]>::try_from(bytes).map_err(|bytes| {
+            let problem = format!("{} bytes where a secret has 32", bytes.len());
+            io::Error::new(io::ErrorKind::InvalidData, problem)
+        })
+    });
+    bytes.map(Secret).map_err(|source| StartError::File { what: "read", path, source })
+}
+
 fn new_secret(paths: &Paths) -> Result<Secret, StartError> {
     let mut bytes = [0; 32];
     let path = secret_file(paths);
@@ -310,9 +332,9 @@ fn compose(
     paths: &Paths,
     image: &Image,
     accelerator: Accelerator,
-    network: Option<crate::qemu::command::Network>,
+    network: Option<command::Network>,
     boot: &BootConfig,
-) -> Result<Vm, StartError> {
+) -> Result<command::Vm, StartError> {
     let agent = find_agent(image).ok_or(StartError::NoAgent)?;
     let target = paths.run_dir().join("initramfs");
     initramfs::compose(&image.initramfs(), &agent, &target).map_err(|source| StartError::File {
@@ -330,7 +352,7 @@ fn compose(
     let console = paths.log_dir().join("console.log");
     // Each boot's console begins anew: an error shows this boot's end, not an older one's.
     write_private(&console, b"")?;
-    Ok(Vm {
+    Ok(command::Vm {
         name: profile.name.to_string(),
         accelerator,
         cpus: profile.cpus,
@@ -353,92 +375,7 @@ fn find_agent(image: &Image) -> Option<PathBuf> {
     beside.into_iter().chain([image.folder().join(AGENT)]).find(|path| path.is_file())
 }
 
-fn connect_device(paths: &Paths) -> Result<DeviceClient, StartError> {
-    let path = paths.device_control_socket();
-    let connect = || -> io::Result<DeviceClient> {
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(&path)?)?;
-        DeviceClient::new(socket)
-    };
-    connect().map_err(|source| StartError::File { what: "connect to", path: path.clone(), source })
-}
-
-/// The control stream, as soon as the agent answers.
-async fn first_stream(
-    opener: &Opener,
-    qemu: &SpawnedChild,
-    paths: &Paths,
-    console: &Path,
-) -> Result<tokio::net::UnixStream, StartError> {
-    let deadline = tokio::time::Instant::now() + BOOT_DEADLINE;
-    loop {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|source| StartError::File {
-            what: "make",
-            path: "a socket pair".into(),
-            source,
-        })?;
-        let attempt = async {
-            let pending = opener.open(&StreamHeader::Control, BOOT_ATTEMPT).await?;
-            pending.attach(theirs.as_fd().try_clone_to_owned()?).await?;
-            Ok::<_, OpenError>(())
-        };
-        let error = match attempt.await {
-            Ok(()) => {
-                let stream = ours.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(ours));
-                return stream.map_err(|source| StartError::File {
-                    what: "use",
-                    path: "a socket pair".into(),
-                    source,
-                });
-            }
-            Err(error) => error,
-        };
-        if has_ended(&qemu.pidfd) {
-            let log = log_end(&paths.log_dir().join("qemu.log"), 5);
-            let console = log_end(console, CONSOLE_LINES);
-            return Err(StartError::QemuEnded(format!("{log}{console}")));
-        }
-        if tokio::time::Instant::now() >= deadline {
-            let console = log_end(console, CONSOLE_LINES);
-            return Err(StartError::Boot { console, source: Some(error) });
-        }
-        tracing::debug!(error = crate::errors::chain(&error), "the agent does not answer yet");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-async fn mount_shares(state: &State, processes: &Processes<'_>, guest: &Guest, profile: &Profile) {
-    let mount_all = async {
-        for (number, share) in (1..).zip(&profile.mounts) {
-            let report = shares::mount(processes, guest, number, share).await;
-            if let Some(problem) = &report.problem {
-                state.notice(format!("{} is not mounted: {problem}", report.path.display()));
-            }
-            state.learn(|facts| facts.mounts.push(report));
-        }
-    };
-    if !profile.mounts.is_empty() {
-        state.step("mounting folders", mount_all).await;
-    }
-}
-
-async fn start_docker(state: &State, guest: &Guest, image: &Image) -> Result<(), StartError> {
-    let (offer, file) = image.bundle(DOCKER_BUNDLE)?;
-    let step = format!("installing docker {}", offer.version);
-    state.step(&step, bundles::install(guest, offer, &file)).await.map_err(StartError::Docker)?;
-    state.step("starting docker", bundles::start(guest, DOCKER_BUNDLE)).await.map_err(StartError::Docker)
-}
-
 /// Where the context before ours is remembered.
 pub fn context_file(paths: &Paths) -> PathBuf {
     paths.state_dir().join("docker-context")
-}
-
-async fn activate(state: &State, profile: &Profile, paths: &Paths) {
-    let (name, socket, file) = (profile.name.as_str(), paths.docker_socket(), context_file(paths));
-    let activation = docker::activate(name, &socket, &file, profile.activate).await;
-    for notice in activation.notices {
-        state.notice(notice);
-    }
 }

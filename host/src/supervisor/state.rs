@@ -1,5 +1,6 @@
 //! What the API shows: where the start is, what is wrong, what is forwarded and mounted.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,8 +22,16 @@ pub struct Snapshot {
     pub progress: Vec<Progress>,
     /// Why the start failed, and what to do about it.
     pub failure: Option<(String, Option<String>)>,
-    /// What is wrong with a VM that runs.
-    pub problem: Option<String>,
+    /// What is wrong with a VM that runs, by what it is about.
+    pub problems: BTreeMap<String, String>,
+}
+
+impl Snapshot {
+    /// All that is wrong, as one sentence.
+    pub fn problem(&self) -> Option<String> {
+        let problems: Vec<&str> = self.problems.values().map(String::as_str).collect();
+        (!problems.is_empty()).then(|| problems.join("; "))
+    }
 }
 
 /// What is known of the VM beyond its state; empty until it is known.
@@ -50,7 +59,7 @@ pub struct Facts {
 pub struct State {
     snapshot: watch::Sender<Snapshot>,
     facts: Mutex<Facts>,
-    guest: Mutex<Option<Arc<Guest>>>,
+    guest: Mutex<Option<Guest>>,
     forwards: Mutex<Option<Arc<Forwards>>>,
     told: watch::Sender<bool>,
     watchers: AtomicUsize,
@@ -73,7 +82,8 @@ impl State {
     /// A VM that is starting.
     #[must_use]
     pub fn new(docker_socket: PathBuf) -> Self {
-        let snapshot = Snapshot { vm: VmState::Starting, progress: Vec::new(), failure: None, problem: None };
+        let (progress, problems) = (Vec::new(), BTreeMap::new());
+        let snapshot = Snapshot { vm: VmState::Starting, progress, failure: None, problems };
         Self {
             snapshot: watch::Sender::new(snapshot),
             facts: Mutex::default(),
@@ -142,12 +152,25 @@ impl State {
         self.snapshot.send_modify(|snapshot| snapshot.failure = Some((message, hint)));
     }
 
-    /// Something is wrong with a VM that runs, or no longer.
-    pub fn problem(&self, problem: Option<String>) {
-        if let Some(problem) = &problem {
-            tracing::warn!(problem, "degraded");
-        }
-        self.snapshot.send_modify(|snapshot| snapshot.problem = problem);
+    /// Something is wrong with a VM that runs, or (`None`) no longer. `topic` keeps one problem from
+    /// hiding or ending another.
+    pub fn problem(&self, topic: &str, problem: Option<String>) {
+        self.snapshot.send_if_modified(|snapshot| {
+            if snapshot.problems.get(topic) == problem.as_ref() {
+                return false;
+            }
+            match problem {
+                Some(problem) => {
+                    tracing::warn!(topic, problem, "degraded");
+                    snapshot.problems.insert(topic.to_owned(), problem);
+                }
+                None => {
+                    tracing::info!(topic, "no longer degraded");
+                    snapshot.problems.remove(topic);
+                }
+            }
+            true
+        });
     }
 
     /// A command has shown why the start failed.
@@ -187,12 +210,12 @@ impl State {
 
     /// The way to the guest, once there is one.
     #[must_use]
-    pub fn guest(&self) -> Option<Arc<Guest>> {
+    pub fn guest(&self) -> Option<Guest> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The guest answers, or is gone.
-    pub fn set_guest(&self, guest: Option<Arc<Guest>>) {
+    pub fn set_guest(&self, guest: Option<Guest>) {
         *self.guest.lock().unwrap_or_else(PoisonError::into_inner) = guest;
     }
 

@@ -2,47 +2,100 @@
 
 use std::time::Duration;
 
+use dhow_parent::SpawnedChild;
 use dhow_protocol::control::ControlRequest;
-use tokio::io::unix::AsyncFd;
+use tokio::task::JoinSet;
 
-use super::start::{Running, context_file};
+use super::processes::{QEMU_NAME, end, ended};
+use super::record::{Phase, Record};
+use super::start::context_file;
 use super::state::State;
+use super::vm::{Running, Vm};
+use crate::config::Paths;
 use crate::docker;
 
 /// How long the guest may take to end its containers, write back and power off.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the agent may take to say that it begins.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// How long QEMU may take to write back and end.
+const QEMU_GRACE: Duration = Duration::from_secs(5);
+/// How long those may take that end by themselves when QEMU has gone.
+const SETTLE: Duration = Duration::from_millis(200);
+/// How long the others may take.
+const GRACE: Duration = Duration::from_secs(2);
 
-/// Takes everything down. With `force` the guest is not waited for: its disk is as after a power
-/// cut. What is left is ended by the keeper.
+/// Takes everything down. With `force` the guest is not waited for: its disk is as after a power cut.
 pub async fn take_down(running: &mut Running, force: bool, state: &State) {
-    let notices = docker::deactivate(&running.profile, &context_file(&running.paths)).await;
+    let Running { vm, tasks, .. } = running;
+    // A successor would go on with the stop.
+    vm.ledger.change(|record| record.phase = Phase::Stopping);
+    let notices = docker::deactivate(vm.paths.profile().as_str(), &context_file(&vm.paths)).await;
     for notice in notices {
         state.notice(notice);
     }
     if !force {
-        state.step("stopping the VM", power_off(running, state)).await;
+        state.step("stopping the VM", power_off(vm, tasks, state)).await;
     }
-    running.services.abort_all();
-    running.forwards.clear();
+    tasks.shutdown().await;
+    vm.forwards.clear();
     state.set_guest(None);
+    end_all(&vm.paths, &[], state).await;
 }
 
-async fn power_off(running: &Running, state: &State) {
-    if let Err(error) = running.guest.control.request(ControlRequest::PowerOff, REQUEST_DEADLINE).await {
-        state
-            .notice(format!("the guest did not take the stop ({}); ending it", crate::errors::chain(&error)));
+async fn power_off(vm: &Vm, tasks: &mut JoinSet<()>, state: &State) {
+    let asking = vm.guest.request(ControlRequest::PowerOff, REQUEST_DEADLINE);
+    let answer = tokio::select! {
+        answer = asking => answer,
+        () = ended(&vm.qemu.pidfd) => return,
+    };
+    if let Err(error) = answer {
+        let error = crate::errors::chain(&error);
+        state.notice(format!("the guest did not take the stop ({error}); ending it"));
         return;
     }
-    // SAFETY: the duplicate is owned by the AsyncFd and never taken out or replaced while it lives.
-    let waiting =
-        running.qemu.pidfd.try_clone().and_then(|fd| unsafe { AsyncFd::register(fd) }.map_err(Into::into));
-    let Ok(waiting) = waiting else { return };
-    if tokio::time::timeout(POWER_OFF_DEADLINE, waiting.readable()).await.is_err() {
+    // What ends from here on is not to be brought back. Streams that are open go on in their processes.
+    tasks.shutdown().await;
+    if tokio::time::timeout(POWER_OFF_DEADLINE, ended(&vm.qemu.pidfd)).await.is_err() {
         state.notice(format!(
             "the guest did not power off within {} s; ending it",
             POWER_OFF_DEADLINE.as_secs()
         ));
     }
+}
+
+/// Ends every process of the record and of `others`, QEMU first, then removes the record.
+pub async fn end_all(paths: &Paths, others: &[SpawnedChild], state: &State) {
+    let recorded = Record::read(paths).map(|record| record.processes).unwrap_or_default();
+    let recorded: Vec<SpawnedChild> =
+        recorded.iter().filter_map(super::record::ProcessRecord::find).collect();
+    let all = || recorded.iter().chain(others);
+    let mut stuck = Vec::new();
+    for child in all().filter(|child| child.name == QEMU_NAME) {
+        if !end(child, QEMU_GRACE).await {
+            stuck.push(child);
+        }
+    }
+    // They end with QEMU by themselves; all at once, so that the waits do not add up.
+    let mut ending = tokio::task::JoinSet::new();
+    for child in all().filter(|child| child.name != QEMU_NAME) {
+        match child.try_clone() {
+            Ok(child) => drop(ending.spawn(async move { (end_helper(&child).await, child) })),
+            Err(_) => drop(end_helper(child).await),
+        }
+    }
+    while ending.join_next().await.is_some() {}
+    for child in &stuck {
+        state.notice(format!("{} (pid {}) cannot be ended: it waits in the kernel", child.name, child.pid));
+    }
+    if stuck.is_empty() {
+        Record::remove(paths);
+    }
+}
+
+async fn end_helper(child: &SpawnedChild) -> bool {
+    if tokio::time::timeout(SETTLE, ended(&child.pidfd)).await.is_ok() {
+        return true;
+    }
+    end(child, GRACE).await
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::device::control::{FromDevice, MAX_PREAMBLE, MAX_REPLY, Reason, Stats, ToDevice};
@@ -45,6 +45,7 @@ struct Outgoing {
 #[derive(Debug, Default)]
 struct Waiting {
     state: Mutex<WaitingState>,
+    gone: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +96,8 @@ impl Waiting {
         let mut state = self.lock();
         state.gone = true;
         state.askers.clear();
+        drop(state);
+        self.gone.send_replace(true);
     }
 }
 
@@ -117,6 +120,12 @@ impl DeviceClient {
         let reader = tokio::spawn(read_answers(Arc::clone(&socket), Arc::clone(&waiting)));
         let writer = tokio::spawn(write_requests(socket, queue, Arc::clone(&waiting)));
         Ok(Self { shared: Arc::new(Shared { waiting, outgoing, tasks: [reader, writer] }) })
+    }
+
+    /// Waits until the connection to the device has ended: it serves no request any more.
+    pub async fn gone(&self) {
+        // The sender lives in `self`.
+        let _ = self.shared.waiting.gone.subscribe().wait_for(|gone| *gone).await;
     }
 
     /// The device's numbers.

@@ -63,7 +63,7 @@ pub enum TransportError {
     #[error("nothing in the guest listens on vsock port {0}")]
     Refused(u32),
     /// It took too long.
-    #[error("the guest did not answer within {0:?}")]
+    #[error("the guest did not answer within {:.0} s", .0.as_secs_f64())]
     Deadline(Duration),
     /// No room for another one.
     #[error("there are {max} streams to the guest already", max = device::MAX_CONNECTIONS)]

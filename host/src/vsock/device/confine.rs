@@ -4,8 +4,8 @@
 //! socket, connect, start a program or a thread, or map code. What it has are the fds that it was given.
 //!
 //! What makes calls behind the code's back, and how that is met:
-//! - The allocator maps and unmaps memory in any thread, and glibc's reads `/sys/devices/system/cpu` once, when a
-//!   second thread first allocates: [`enter`] sees to it that this is over.
+//! - The allocator maps and unmaps memory in any thread, and glibc's reads `/sys/devices/system/cpu` where there may
+//!   be several arenas: [`enter`] keeps it to one.
 //! - The vhost-user library maps guest memory whenever QEMU changes its layout.
 //! - A panic with a backtrace opens the program's file; from [`enter`] on there is none, and a panic in any thread
 //!   aborts: half a device would leave the guest's connections hanging.
@@ -82,12 +82,14 @@ pub fn enter() -> Result<(), String> {
     seccompiler::apply_filter_all_threads(&filter).map_err(|error| error.to_string())
 }
 
-/// Makes glibc decide how many arenas it may have (`arena_get2`, malloc/arena.c), for which it counts the CPUs.
+/// Keeps glibc to one arena. Otherwise it counts the CPUs, for which it opens a file, when a thread allocates
+/// that finds many arenas (`arena_get2`, malloc/arena.c): at any time.
 fn settle_allocator() -> Result<(), String> {
-    let thread = std::thread::Builder::new()
-        .spawn(|| drop(std::hint::black_box(vec![0_u8; 100])))
-        .map_err(|error| error.to_string())?;
-    thread.join().map_err(|_| "a thread of the allocator's panicked".to_owned())
+    // SAFETY: mallopt(3) takes two numbers and changes a setting of the allocator under its lock.
+    match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
+        1 => Ok(()),
+        _ => Err("the allocator does not keep to one arena".to_owned()),
+    }
 }
 
 fn abort_on_panic() {

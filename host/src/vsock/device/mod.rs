@@ -9,7 +9,7 @@
 //!
 //! The data path is one thread, the event loop of `vhost-user-backend`; the thread that reads vhost-user messages
 //! stops it by the backend's lock. After start the device opens no file and creates no socket: it accepts
-//! supervisors and receives fds, and can do nothing else ([`confine`]).
+//! supervisors and receives fds, and can do nothing else (`confine.rs`).
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;

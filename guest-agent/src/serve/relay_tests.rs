@@ -1,0 +1,197 @@
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::serve::testing::{pair, within};
+
+/// A TCP connection: the relay's end and the server's.
+async fn tcp_pair() -> (Stream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (client, server) = tokio::join!(TcpStream::connect(address), listener.accept());
+    let client = OwnedFd::from(client.unwrap().into_std().unwrap());
+    (Stream::new(client).unwrap(), server.unwrap().0)
+}
+
+/// A relay between a host's socket and a TCP server's.
+async fn host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Result<Carried>>) {
+    let (agent, host) = pair();
+    let (client, server) = tcp_pair().await;
+    (host, server, tokio::spawn(relay(agent, client)))
+}
+
+fn bytes(length: usize) -> Vec<u8> {
+    (0..length as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+fn hash(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+async fn send(mut writer: impl AsyncWrite + Unpin, bytes: &[u8]) {
+    within(writer.write_all(bytes)).await.unwrap();
+    writer.shutdown().await.unwrap();
+}
+
+async fn receive(mut reader: impl AsyncRead + Unpin) -> Vec<u8> {
+    let mut received = Vec::new();
+    within(reader.read_to_end(&mut received)).await.unwrap();
+    received
+}
+
+#[tokio::test]
+async fn both_directions_at_once_in_all_sizes() {
+    for length in [0, 1, 4_096, 32_767, 32_768, 32_769, 65_536, CHUNK, CHUNK + 1, 1_000_000, 5_000_000] {
+        let (host, server, relaying) = host_and_server().await;
+        let (host_reader, host_writer) = host.into_split();
+        let (server_reader, server_writer) = server.into_split();
+        let (there, back) = (bytes(length), bytes(length / 2 + 1));
+        let ((), (), at_server, at_host) = tokio::join!(
+            send(host_writer, &there),
+            send(server_writer, &back),
+            receive(server_reader),
+            receive(host_reader),
+        );
+        assert_eq!(hash(&at_server), hash(&there), "{length}");
+        assert_eq!(hash(&at_host), hash(&back), "{length}");
+        let carried = within(relaying).await.unwrap().unwrap();
+        assert_eq!(carried, Carried { there: there.len() as u64, back: back.len() as u64 });
+    }
+}
+
+#[tokio::test]
+async fn the_hosts_half_close_travels_and_the_answer_comes_after_it() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    send(&mut host, b"question").await;
+    assert_eq!(receive(&mut server).await, b"question");
+    send(&mut server, &bytes(300_000)).await;
+    assert_eq!(hash(&receive(&mut host).await), hash(&bytes(300_000)));
+    within(relaying).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_servers_half_close_travels_and_the_host_goes_on() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    send(&mut server, b"greeting").await;
+    assert_eq!(receive(&mut host).await, b"greeting");
+    send(&mut host, &bytes(300_000)).await;
+    assert_eq!(hash(&receive(&mut server).await), hash(&bytes(300_000)));
+    within(relaying).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_slow_reader_loses_nothing_and_holds_its_writer_up() {
+    let (mut host, server, relaying) = host_and_server().await;
+    let sent = bytes(20_000_000);
+    let mut server = server;
+    let (hashed, ()) = tokio::join!(
+        async {
+            let (mut hasher, mut piece) = (Sha256::new(), vec![0; 10_000]);
+            loop {
+                let length = within(server.read(&mut piece)).await.unwrap();
+                if length == 0 {
+                    break <[u8; 32]>::from(hasher.finalize());
+                }
+                hasher.update(&piece[..length]);
+                tokio::task::yield_now().await;
+            }
+        },
+        send(&mut host, &sent),
+    );
+    assert_eq!(hashed, hash(&sent));
+    server.shutdown().await.unwrap();
+    assert_eq!(receive(&mut host).await, b"");
+    within(relaying).await.unwrap().unwrap();
+}
+
+fn reset(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+async fn is_reset(mut stream: impl AsyncRead + Unpin) {
+    let error = within(stream.read_to_end(&mut Vec::new())).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_servers_reset_cuts_the_host() {
+    let (mut host, server, relaying) = host_and_server().await;
+    reset(server);
+    assert!(within(relaying).await.unwrap().is_err());
+    // A unix socket has no reset: closed, and nothing is taken any more.
+    assert_eq!(receive(&mut host).await, b"");
+    assert!(host.write_all(b"x").await.is_err());
+}
+
+#[tokio::test]
+async fn a_servers_reset_after_its_half_close_is_noticed_in_silence() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    server.shutdown().await.unwrap();
+    assert_eq!(receive(&mut host).await, b"");
+    reset(server);
+    assert!(within(relaying).await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_hosts_reset_becomes_the_servers() {
+    // TCP on both sides, so that the host's end can be reset.
+    let (agent, host) = tcp_pair().await;
+    let (client, server) = tcp_pair().await;
+    let relaying = tokio::spawn(relay(agent, client));
+    reset(host);
+    assert!(within(relaying).await.unwrap().is_err());
+    is_reset(server).await;
+}
+
+#[tokio::test]
+async fn a_servers_last_words_reach_a_host_that_it_no_longer_hears() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    server.write_all(b"413 too large").await.unwrap();
+    // What it has not read makes its close a reset, as of any server that refuses an upload.
+    let (read, _) = tokio::join!(
+        async {
+            let mut words = [0; 13];
+            within(host.read_exact(&mut words)).await.unwrap();
+            words
+        },
+        async { server.shutdown().await },
+    );
+    assert_eq!(&read, b"413 too large");
+    drop(server);
+    let upload = bytes(8_000_000);
+    assert!(within(host.write_all(&upload)).await.is_err());
+    assert!(within(relaying).await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_silent_relay_has_no_buffer() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    let mut direction = Direction::default();
+    let (from, mut source) = pair();
+    let (to, mut sink) = pair();
+    // Full: the sink's reader takes nothing.
+    let mut more = true;
+    while more {
+        source.write_all(&[1; 4096]).await.unwrap();
+        poll_fn(|cx| {
+            more =
+                !matches!(direction.poll(&from, &to, false, cx), Poll::Pending) || direction.rest.is_empty();
+            Poll::Ready(())
+        })
+        .await;
+    }
+    assert!(!direction.rest.is_empty());
+    source.shutdown().await.unwrap();
+    let ended = tokio::join!(poll_fn(|cx| direction.poll(&from, &to, false, cx)), receive(&mut sink)).0;
+    ended.unwrap();
+    assert_eq!(direction.rest.capacity(), 0);
+    host.shutdown().await.unwrap();
+    server.shutdown().await.unwrap();
+    within(relaying).await.unwrap().unwrap();
+}

@@ -1,0 +1,257 @@
+//! The command's side of the API: connect, ask, follow, each with a deadline and a reason when it passes.
+
+use std::io;
+use std::time::Duration;
+
+use dhow_protocol::codec::{self, CodecError};
+use rustix::process::Pid;
+use tokio::net::UnixStream;
+
+use super::diagnosis;
+use super::errors::{CommandError, invocation};
+use crate::api::{API_LIMIT, ApiReply, ApiRequest, StatusReport};
+use crate::config::{Paths, ProfileName};
+use crate::keeper;
+
+/// How long an answer may take. The supervisor itself waits up to 7 s for the guest's words.
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the guest may take to begin a stream.
+pub const OPEN_DEADLINE: Duration = Duration::from_secs(13);
+/// How long a stream of progress may be silent until the supervisor is asked whether it lives. With
+/// [`ANSWER_DEADLINE`] it is below 15 s.
+const HEARTBEAT: Duration = Duration::from_secs(4);
+/// Between attempts to reach a keeper that another command is starting.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Once the sockets are gone, the keeper itself has only to exit.
+const LAST_BREATH: Duration = Duration::from_millis(500);
+
+/// A connection to a profile's supervisor.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    keeper: Option<Pid>,
+    profile: ProfileName,
+    /// Whose silence a missing answer is.
+    who: &'static str,
+}
+
+/// Connects; `None` where nothing runs. Where a VM runs whose keeper and supervisor were killed, it gets
+/// new ones first.
+///
+/// # Errors
+/// When the socket is there and cannot be used, or no keeper can be started.
+pub async fn connect(paths: &Paths) -> Result<Option<Connection>, CommandError> {
+    let deadline = tokio::time::Instant::now() + ANSWER_DEADLINE;
+    loop {
+        let connection = try_connect(paths).await?;
+        let late = tokio::time::Instant::now() >= deadline;
+        if connection.is_some() || late || !keeper::vm_runs(paths) {
+            return Ok(connection);
+        }
+        let own = paths.clone();
+        let spawning = tokio::task::spawn_blocking(move || keeper::spawn(own.profile(), &own, true));
+        match spawning.await {
+            Ok(Ok(())) => {}
+            // Another command is doing the same.
+            Ok(Err(error)) if error.is_locked(paths.profile()) => tokio::time::sleep(LOOK_AGAIN).await,
+            Ok(Err(error)) => return Err(error.into()),
+            Err(panicked) => {
+                return Err(CommandError::system("start the keeper", io::Error::other(panicked)));
+            }
+        }
+    }
+}
+
+async fn try_connect(paths: &Paths) -> Result<Option<Connection>, CommandError> {
+    let path = paths.api_socket();
+    match UnixStream::connect(&path).await {
+        Ok(stream) => {
+            // Of a listening socket the kernel tells who made it listen: the keeper.
+            let keeper = stream.peer_cred().ok().and_then(|peer| Pid::from_raw(peer.pid()?));
+            let profile = paths.profile().clone();
+            Ok(Some(Connection { stream, keeper, profile, who: "the supervisor" }))
+        }
+        // InvalidInput: a path too long for a socket; nobody can listen there.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::InvalidInput
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(source) => Err(CommandError::Reach { path, source }),
+    }
+}
+
+/// One request and its one answer.
+///
+/// # Errors
+/// [`CommandError::NotRunning`] where nobody listens, and as [`Connection::reply`].
+pub async fn ask(paths: &Paths, request: &ApiRequest) -> Result<ApiReply, CommandError> {
+    let (reply, _) = open(paths, request, ANSWER_DEADLINE).await?;
+    Ok(reply)
+}
+
+/// One request, its first answer, and the connection for what follows.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn open(
+    paths: &Paths,
+    request: &ApiRequest,
+    deadline: Duration,
+) -> Result<(ApiReply, Connection), CommandError> {
+    let mut tries = 0;
+    loop {
+        let not_running = || CommandError::NotRunning(paths.profile().clone());
+        let mut connection = connect(paths).await?.ok_or_else(not_running)?;
+        connection.send(request).await?;
+        match connection.reply(deadline).await {
+            // It was just ending, or is being replaced: in a moment it is clear which.
+            Err(CommandError::Gone) if tries < 20 => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            reply => return Ok((reply?, connection)),
+        }
+    }
+}
+
+/// What the supervisor says of itself; `None` where there is none. With it, the keeper.
+///
+/// # Errors
+/// As [`Connection::reply`].
+pub async fn status(paths: &Paths) -> Result<Option<(StatusReport, Option<Pid>)>, CommandError> {
+    match open(paths, &ApiRequest::Status, ANSWER_DEADLINE).await {
+        Ok((ApiReply::Status(report), connection)) => Ok(Some((*report, connection.keeper))),
+        Ok(_) => Err(CommandError::Kind),
+        Err(CommandError::NotRunning(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Connection {
+    /// The keeper's pid, where the kernel tells.
+    #[must_use]
+    pub fn keeper(&self) -> Option<Pid> {
+        self.keeper
+    }
+
+    /// The stream itself, after `Opened`.
+    #[must_use]
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
+    /// Sends the request.
+    ///
+    /// # Errors
+    /// [`CommandError::Gone`] where the other side is.
+    pub async fn send(&mut self, request: &ApiRequest) -> Result<(), CommandError> {
+        if matches!(request, ApiRequest::Exec(_) | ApiRequest::Logs { .. }) {
+            self.who = "the VM";
+        }
+        let sending = codec::write_frame(&mut self.stream, request, API_LIMIT);
+        match tokio::time::timeout(ANSWER_DEADLINE, sending).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(CodecError::Io(_))) => Err(CommandError::Gone),
+            Ok(Err(error)) => Err(CommandError::Answer(error)),
+            Err(_) => Err(self.silent(ANSWER_DEADLINE)),
+        }
+    }
+
+    /// The next answer, within `deadline`.
+    ///
+    /// # Errors
+    /// `Error` of the supervisor is [`CommandError::Refused`]; no answer [`CommandError::Silent`].
+    pub async fn reply(&mut self, deadline: Duration) -> Result<ApiReply, CommandError> {
+        let reading = codec::read_frame(&mut self.stream, API_LIMIT);
+        match tokio::time::timeout(deadline, reading).await {
+            Ok(read) => understand(read),
+            Err(_) => Err(self.silent(deadline)),
+        }
+    }
+
+    /// The next answer of a stream that may be silent for long: meanwhile the supervisor must show
+    /// that it lives.
+    ///
+    /// # Errors
+    /// As [`Connection::reply`].
+    pub async fn next(&mut self, paths: &Paths) -> Result<ApiReply, CommandError> {
+        let reading = codec::read_frame(&mut self.stream, API_LIMIT);
+        tokio::pin!(reading);
+        loop {
+            if let Ok(read) = tokio::time::timeout(HEARTBEAT, &mut reading).await {
+                return understand(read);
+            }
+            if let Err(error) = status(paths).await {
+                // It may have said its last word while it was asked.
+                return match tokio::time::timeout(Duration::ZERO, &mut reading).await {
+                    Ok(read) => understand(read),
+                    Err(_) => Err(error),
+                };
+            }
+        }
+    }
+
+    fn silent(&self, deadline: Duration) -> CommandError {
+        silence(self.who, deadline, self.keeper, &self.profile)
+    }
+}
+
+/// A deadline that has passed, with the reason where it can be seen.
+fn silence(
+    who: &'static str,
+    deadline: Duration,
+    keeper: Option<Pid>,
+    profile: &ProfileName,
+) -> CommandError {
+    let halted = Paths::new(profile).map(|paths| diagnosis::halted(keeper, &paths)).unwrap_or_default();
+    let force = format!("`{} stop --force` ends it, as a power cut would", invocation(profile));
+    let (reason, hint) = if halted.is_empty() {
+        let logs = format!("`{} logs keeper` may say more", invocation(profile));
+        (String::new(), format!("{logs}; {force}"))
+    } else {
+        let problems: Vec<String> = halted.iter().map(diagnosis::Halted::problem).collect();
+        let pids: Vec<String> = halted.iter().map(|process| process.pid.to_string()).collect();
+        (
+            format!(": {}", problems.join(", ")),
+            format!("`kill -CONT {}` lets it go on; {force}", pids.join(" ")),
+        )
+    };
+    CommandError::Silent { who, seconds: deadline.as_secs(), reason, hint }
+}
+
+fn understand(read: Result<Option<ApiReply>, CodecError>) -> Result<ApiReply, CommandError> {
+    match read {
+        Ok(Some(ApiReply::Error { message, hint })) => Err(CommandError::Refused { message, hint }),
+        Ok(Some(reply)) => Ok(reply),
+        Ok(None) | Err(CodecError::Io(_) | CodecError::Truncated) => Err(CommandError::Gone),
+        Err(error) => Err(CommandError::Answer(error)),
+    }
+}
+
+/// Waits until a keeper that is ending has ended; whether it has by `deadline`.
+pub async fn keeper_ended(paths: &Paths, keeper: Option<Pid>, deadline: Duration) -> bool {
+    let pidfd =
+        keeper.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
+    // No pidfd: it has ended, or the kernel has told of no pid.
+    let ended = || pidfd.as_ref().is_none_or(crate::supervisor::has_ended);
+    let gone = || !paths.api_socket().exists();
+    let poll = async {
+        while !(gone() || pidfd.is_some() && ended()) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(deadline, poll).await.is_err() {
+        return false;
+    }
+    let exit = async {
+        while !ended() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = tokio::time::timeout(LAST_BREATH, exit).await;
+    true
+}

@@ -1,0 +1,157 @@
+//! Listening sockets of forwards that outlive the supervisor: what it binds is also held by the keeper,
+//! and a new supervisor finds it. A client that connects in between waits in the socket's backlog.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::mpsc;
+
+/// Before the address in the name of a held socket.
+const PREFIX: &str = "forward:tcp:";
+/// Connections that wait for a supervisor; more wait in the client's kernel.
+const BACKLOG: u32 = 1024;
+
+/// What is to be held, in order.
+#[derive(Debug)]
+pub enum Change {
+    /// Hold a duplicate of a listening socket under this name.
+    Hold(String, OwnedFd),
+    /// Close what is held under this name.
+    Release(String),
+}
+
+/// The sockets that an earlier supervisor left, and the way to have others held.
+#[derive(Debug, Default)]
+pub struct Kept {
+    inherited: HashMap<SocketAddr, std::net::TcpListener>,
+    changes: Option<mpsc::UnboundedSender<Change>>,
+}
+
+impl Kept {
+    /// Takes the sockets of forwards out of what the keeper holds. The receiver tells what it is to
+    /// hold from here on.
+    #[must_use]
+    pub fn take(held: &mut HashMap<String, OwnedFd>) -> (Self, mpsc::UnboundedReceiver<Change>) {
+        let (sender, changes) = mpsc::unbounded_channel();
+        let names: Vec<String> = held.keys().filter(|name| name.starts_with(PREFIX)).cloned().collect();
+        let mut inherited = HashMap::new();
+        for name in names {
+            let address = name.strip_prefix(PREFIX).and_then(|text| text.parse::<SocketAddr>().ok());
+            let listener = held.remove(&name).map(std::net::TcpListener::from);
+            match (address, listener) {
+                (Some(address), Some(listener)) if listener.local_addr().ok() == Some(address) => {
+                    inherited.insert(address, listener);
+                }
+                _ => {
+                    tracing::warn!(name, "a held socket is not what it is called");
+                    // The receiver is in this function's hands.
+                    let _ = sender.send(Change::Release(name));
+                }
+            }
+        }
+        (Self { inherited, changes: Some(sender) }, changes)
+    }
+
+    /// A listening socket at `address`: an earlier supervisor's, or a new one.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub fn bind(&mut self, address: SocketAddr) -> io::Result<TcpListener> {
+        if let Some(listener) = self.inherited.remove(&address) {
+            listener.set_nonblocking(true)?;
+            return TcpListener::from_std(listener);
+        }
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Past connections in TIME_WAIT do not keep a forward from coming back.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        let listener = socket.listen(BACKLOG)?;
+        if let Some(changes) = &self.changes {
+            let held = listener.as_fd().try_clone_to_owned()?;
+            // Without a receiver the supervisor is ending.
+            let _ = changes.send(Change::Hold(name(address), held));
+        }
+        Ok(listener)
+    }
+
+    /// The socket at `address` is no longer wanted.
+    pub fn release(&self, address: SocketAddr) {
+        if let Some(changes) = &self.changes {
+            let _ = changes.send(Change::Release(name(address)));
+        }
+    }
+
+    /// Closes what an earlier supervisor left and nobody has bound: the guest no longer listens there.
+    pub fn release_inherited(&mut self) {
+        for address in std::mem::take(&mut self.inherited).into_keys() {
+            self.release(address);
+        }
+    }
+}
+
+fn name(address: SocketAddr) -> String {
+    format!("{PREFIX}{address}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    /// What a keeper would hold after these changes.
+    fn hold(held: &mut HashMap<String, OwnedFd>, changes: &mut mpsc::UnboundedReceiver<Change>) {
+        while let Ok(change) = changes.try_recv() {
+            match change {
+                Change::Hold(name, fd) => drop(held.insert(name, fd)),
+                Change::Release(name) => drop(held.remove(&name)),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_of_a_dead_supervisor_is_served_by_the_next() {
+        let mut held = HashMap::new();
+        let (mut first, mut changes) = Kept::take(&mut held);
+        let any = "127.0.0.1:0".parse().unwrap();
+        let free = std::net::TcpListener::bind::<SocketAddr>(any).unwrap().local_addr().unwrap();
+        let listener = first.bind(free).unwrap();
+        hold(&mut held, &mut changes);
+        assert_eq!(held.len(), 1);
+        drop((first, listener, changes));
+
+        let mut client = TcpStream::connect(free).await.unwrap();
+        let (mut second, mut changes) = Kept::take(&mut held);
+        let listener = second.bind(free).unwrap();
+        second.release_inherited();
+        assert!(changes.try_recv().is_err(), "what is bound stays held");
+        listener.accept().await.unwrap().0.write_all(b"hello").await.unwrap();
+        let mut said = [0; 5];
+        client.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"hello");
+    }
+
+    #[tokio::test]
+    async fn what_nobody_wants_any_more_is_released() {
+        let mut held = HashMap::new();
+        let listener = std::net::TcpListener::bind("[::1]:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        held.insert(name(address), listener.into());
+        let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        held.insert(format!("{PREFIX}127.0.0.1:1"), other.into());
+        held.insert("api".to_owned(), std::fs::File::open("/dev/null").unwrap().into());
+        let (mut kept, mut changes) = Kept::take(&mut held);
+        kept.release_inherited();
+        let mut released = Vec::new();
+        while let Ok(change) = changes.try_recv() {
+            released.push(format!("{change:?}"));
+        }
+        assert_eq!(released.len(), 2);
+        assert!(released.contains(&format!("Release(\"forward:tcp:{address}\")")), "{released:?}");
+        assert!(TcpStream::connect(address).await.is_err());
+        assert_eq!(held.len(), 1);
+    }
+}

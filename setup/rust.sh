@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes sure that there is a Rust toolchain; `rust-toolchain.toml` says which. Prints nothing where there is one.
+# Where cargo is missing, rustup is installed into the user's home, from Debian or by a package of Python's index.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source setup/lib.sh
+
+if ! PATH=$PATH:$HOME/.cargo/bin command -v cargo >/dev/null; then
+    lists
+    if apt-cache show rustup >/dev/null 2>&1; then
+        apt install -y rustup
+    else
+        python3 -m venv build/tools/python
+        build/tools/python/bin/pip -q install puccinialin
+        # It prints the environment of what it installs: a rustup of its own, made the user's by a link.
+        build/tools/python/bin/python -m puccinialin --location build/tools/rust --info-json build/tools/rust.json >/dev/null
+        mkdir -p "$HOME/.cargo/bin"
+        home=$(python3 -c 'import json; print(json.load(open("build/tools/rust.json"))["cargo_home"])')
+        for program in "$home"/bin/*; do
+            [[ -e $HOME/.cargo/bin/${program##*/} ]] || ln -s "$(realpath "$program")" "$HOME/.cargo/bin/"
+        done
+    fi
+fi
+export PATH=$PATH:$HOME/.cargo/bin
+# The first call fetches the pinned toolchain.
+cargo --version >/dev/null || {
+    echo "setup: no Rust toolchain $(sed -n 's/^channel = //p' rust-toolchain.toml); install it with rustup" >&2
+    exit 1
+}

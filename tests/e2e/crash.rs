@@ -1,0 +1,429 @@
+//! Kills: whatever dies on either side, the rest goes on, comes back by itself, and loses nothing.
+//!
+//! Each case repeats its kill as often as DHOW_SOAK says; once otherwise.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use dhow_guest_tool::Pattern;
+use nix::sys::signal::Signal;
+
+use crate::harness::command::{Cmd, Running};
+use crate::harness::net::{ask, check_echo, free_port, local};
+use crate::harness::settings::in_path;
+use crate::harness::{Vm, cases, process, wait_for, wait_until};
+
+cases![Shared: kill_the_supervisor, kill_the_keeper, kill_the_device, kill_the_file_server, kill_the_worker,
+    kill_all_but_qemu, stop_and_continue_each, a_worker_that_always_dies_is_told;
+    Own: kill_qemu, kill_all_at_once, acknowledged_writes_survive_a_power_cut];
+
+/// How long a recovery may take on a loaded machine; the product's own goal is 2 s.
+const BACK: Duration = Duration::from_secs(90);
+
+const KEEPER: &str = " keeper ";
+const SUPERVISOR: &str = " supervisor ";
+const DEVICE: &str = " vsock-device ";
+const QEMU: &str = "qemu-system";
+
+fn file_server(vm: &Vm) -> String {
+    // With the blank: the path of another share may begin alike.
+    format!(" file-server {} ", vm.home().display())
+}
+
+/// How often a kill is repeated.
+fn repetitions() -> u32 {
+    let soak = std::env::var("DHOW_SOAK").ok();
+    soak.map_or(1, |count| count.parse().expect("DHOW_SOAK is a number"))
+}
+
+/// What runs while something is killed: a container, a server in the guest, a program that writes to the share.
+struct Life<'a> {
+    vm: &'a Vm,
+    container: crate::harness::container::Container<'a>,
+    begun: String,
+    port: u16,
+}
+
+impl<'a> Life<'a> {
+    fn new(vm: &'a Vm) -> Self {
+        let port = free_port();
+        let serve = format!("0.0.0.0:{port}");
+        let container = vm.container(&["--network", "host"], &["guest-tool", "serve", &serve]);
+        let life = Self { vm, container, begun: String::new(), port };
+        check_echo(local(port), 1, 1000);
+        Self { begun: life.started_at(), ..life }
+    }
+
+    fn started_at(&self) -> String {
+        let format = "{{.State.StartedAt}} {{.State.Running}} {{.RestartCount}}";
+        self.vm.docker(&["inspect", "--format", format, &self.container.name]).ok()
+    }
+
+    /// A connection that goes on.
+    fn connection(&self) -> Conversation {
+        Conversation { stream: ask(self.port, "echo"), said: 0 }
+    }
+
+    /// All works again: commands, docker, forwards, files; and the container never noticed.
+    fn assert_back(&self, what: &str) {
+        let vm = self.vm;
+        let quick = |command: Cmd| {
+            let output = command.deadline(Duration::from_secs(40)).spawn().try_wait()?;
+            if output.status.success() { Ok(()) } else { Err(output.to_string()) }
+        };
+        wait_for(&format!("exec after the end of {what}"), BACK, || quick(vm.exec(&["true"])));
+        wait_for(&format!("docker after the end of {what}"), BACK, || quick(vm.docker(&["version"])));
+        assert_eq!(self.started_at(), self.begun, "the container after the end of {what}");
+        check_echo(local(self.port), 2, 300_000);
+        let file = vm.home().join("after-a-kill");
+        std::fs::write(&file, what).unwrap();
+        wait_for(&format!("the share after the end of {what}"), BACK, || {
+            let output = vm
+                .exec(&["cat", file.to_str().unwrap()])
+                .deadline(Duration::from_secs(40))
+                .spawn()
+                .try_wait()?;
+            if output.text() == what { Ok(()) } else { Err(output.to_string()) }
+        });
+        wait_for(&format!("a running state after the end of {what}"), BACK, || {
+            let status = vm.status();
+            if status["state"] == "running" { Ok(()) } else { Err(status.to_string()) }
+        });
+    }
+}
+
+/// An echo connection on which something is said now and then.
+struct Conversation {
+    stream: TcpStream,
+    said: u64,
+}
+
+impl Conversation {
+    /// Says something, and hears it back.
+    fn go_on(&mut self) {
+        self.said += 1;
+        let bytes = Pattern::bytes(self.said, 50_000);
+        let mut back = vec![0; bytes.len()];
+        let mut writer = self.stream.try_clone().unwrap();
+        let said = bytes.clone();
+        let saying = std::thread::spawn(move || writer.write_all(&said));
+        self.stream.read_exact(&mut back).unwrap_or_else(|error| panic!("a live connection: {error}"));
+        saying.join().unwrap().unwrap();
+        assert!(back == bytes, "a live connection came back changed");
+    }
+}
+
+/// A program in the guest that appends numbered lines to a file of the share until it is ended.
+struct Writer<'a> {
+    vm: &'a Vm,
+}
+
+impl<'a> Writer<'a> {
+    fn begin(vm: &'a Vm) -> Self {
+        let file = vm.home().join("lines");
+        let _ = std::fs::remove_file(&file);
+        let script = format!(
+            "n=0; while :; do echo line $n >>'{}' || {{ echo failed at $n; exit 1; }}; n=$((n+1)); done",
+            file.display()
+        );
+        // In the guest's background: the exec that began it dies with the device.
+        let begin = "setsid sh -c \"$1\" >/run/lines.log 2>&1 </dev/null &";
+        vm.exec(&["sh", "-c", begin, "sh", &script]).ok();
+        let writer = Self { vm };
+        writer.wait_for_more();
+        writer
+    }
+
+    fn lines(&self) -> String {
+        std::fs::read_to_string(self.vm.home().join("lines")).unwrap_or_default()
+    }
+
+    fn wait_for_more(&self) {
+        let before = self.lines().lines().count();
+        wait_until("more lines from the guest", BACK, || self.lines().lines().count() > before + 3);
+    }
+
+    /// Ends it: every line is there once, in order.
+    fn end(self) {
+        self.wait_for_more();
+        // The bracket keeps the pattern from its own shell's command line.
+        self.vm.sh("pkill -f '[e]cho line' || true").ok();
+        assert_eq!(self.vm.sh("cat /run/lines.log").ok(), "");
+        let lines = self.lines();
+        let wrong = lines.lines().enumerate().find(|(number, line)| *line != format!("line {number}"));
+        // The last one may have been cut by the end.
+        let last = lines.lines().count().saturating_sub(1);
+        assert!(wrong.is_none_or(|(number, _)| number == last), "{wrong:?} of {last}");
+    }
+}
+
+/// Nobody else gets the disk, whichever processes were killed.
+fn assert_disk_locked(vm: &Vm) {
+    let flock = in_path("flock").expect("flock(1)");
+    let taken = Cmd::new(flock).arg("-n").arg(vm.data("disk.raw")).arg("/bin/true").run();
+    assert_eq!(taken.status.code(), Some(1), "the disk of a VM that runs can be locked: {taken}");
+}
+
+fn pids(vm: &Vm, parts: &[&str]) -> Vec<i32> {
+    parts.iter().map(|part| vm.pid_of(part)).collect()
+}
+
+/// Waits until the process with `part` is another one than `old`.
+fn wait_for_new(vm: &Vm, part: &str, old: i32) {
+    wait_for(&format!("a new process with {part:?}"), BACK, || {
+        let all = vm.processes();
+        let found = all.iter().any(|process| process.line.contains(part) && process.pid != old);
+        if found { Ok(()) } else { Err(format!("{all:?}")) }
+    });
+}
+
+fn kill_the_supervisor(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let mut conversation = life.connection();
+        conversation.go_on();
+        let server = file_server(vm);
+        let stay = [QEMU, DEVICE, KEEPER, &server];
+        let before = pids(vm, &stay);
+        let supervisor = vm.pid_of(SUPERVISOR);
+        process::kill(supervisor);
+        // Whoever comes now waits, and is not refused.
+        let mut docker = UnixStream::connect(vm.run("docker.sock")).expect("docker.sock after a kill");
+        docker.set_read_timeout(Some(BACK)).unwrap();
+        docker.write_all(b"GET /_ping HTTP/1.0\r\n\r\n").unwrap();
+        let client = TcpStream::connect(local(life.port)).expect("a forwarded port after a kill");
+        drop(client);
+        conversation.go_on();
+        let mut answer = String::new();
+        docker.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("200 OK"), "{answer}");
+        life.assert_back("the supervisor");
+        wait_for_new(vm, SUPERVISOR, supervisor);
+        assert_eq!(pids(vm, &stay), before);
+        conversation.go_on();
+    }
+}
+
+fn kill_the_keeper(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let mut conversation = life.connection();
+        conversation.go_on();
+        let server = file_server(vm);
+        let stay = [QEMU, DEVICE, &server];
+        let before = pids(vm, &stay);
+        let keeper = vm.pid_of(KEEPER);
+        process::kill(keeper);
+        conversation.go_on();
+        assert_disk_locked(vm);
+        // The next command brings a new one.
+        life.assert_back("the keeper");
+        wait_for_new(vm, KEEPER, keeper);
+        assert_eq!(pids(vm, &stay), before);
+        conversation.go_on();
+    }
+}
+
+fn kill_the_device(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let writer = Writer::begin(vm);
+        let device = vm.pid_of(DEVICE);
+        let qemu = vm.pid_of(QEMU);
+        process::kill(device);
+        life.assert_back("the device");
+        wait_for_new(vm, DEVICE, device);
+        assert_eq!(vm.pid_of(QEMU), qemu);
+        writer.end();
+    }
+}
+
+fn kill_the_file_server(vm: &Vm) {
+    let life = Life::new(vm);
+    let part = file_server(vm);
+    for _ in 0..repetitions() {
+        let writer = Writer::begin(vm);
+        let mut conversation = life.connection();
+        let server = vm.pid_of(&part);
+        process::kill(server);
+        conversation.go_on();
+        life.assert_back("the file server");
+        wait_for_new(vm, &part, server);
+        conversation.go_on();
+        writer.end();
+    }
+}
+
+/// The worker's pid in the guest.
+fn worker(vm: &Vm) -> String {
+    vm.sh("pgrep -x -f '.*dhow-agent serve'").ok()
+}
+
+fn kill_the_worker(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let writer = Writer::begin(vm);
+        let before = worker(vm);
+        // The exec that kills it cannot tell how it ended.
+        let _ = vm.sh("pkill -9 -x -f '.*dhow-agent serve'").run();
+        life.assert_back("the worker");
+        assert_ne!(worker(vm), before);
+        writer.end();
+    }
+}
+
+fn a_worker_that_always_dies_is_told(vm: &Vm) {
+    // More than PID 1 puts up with; each kill reaches a worker that has just begun.
+    let script = "for i in $(seq 60); do pkill -9 -x -f '.*dhow-agent serve'; sleep 0.3; done";
+    vm.exec(&["sh", "-c", "setsid sh -c \"$1\" >/dev/null 2>&1 </dev/null &", "sh", script]).ok();
+    wait_for("a state that says so", BACK, || {
+        let status = vm.status();
+        let problem = status["problem"].as_str().unwrap_or_default();
+        if status["state"] == "degraded" && !problem.is_empty() { Ok(()) } else { Err(status.to_string()) }
+    });
+    // A restart needs no help from the worker.
+    vm.dhow(&["restart"]).deadline(crate::harness::vm::START * 2).run().exits(0);
+    vm.install_tool();
+    vm.docker(&["version"]).ok();
+}
+
+fn kill_all_but_qemu(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let writer = Writer::begin(vm);
+        let qemu = vm.pid_of(QEMU);
+        // The keeper first: it would bring back the others.
+        process::kill(vm.pid_of(KEEPER));
+        for process in vm.processes() {
+            let is_ours =
+                [SUPERVISOR, DEVICE, " file-server "].iter().any(|part| process.line.contains(part));
+            if is_ours && process::is_alive(process.pid) {
+                process::kill(process.pid);
+            }
+        }
+        assert_disk_locked(vm);
+        life.assert_back("all but QEMU");
+        assert_eq!(vm.pid_of(QEMU), qemu);
+        writer.end();
+    }
+}
+
+/// Stops each process by a signal, looks how the command line takes it, and lets it go on.
+fn stop_and_continue_each(vm: &Vm) {
+    let life = Life::new(vm);
+    let server = file_server(vm);
+    for part in [SUPERVISOR, KEEPER, DEVICE, QEMU, &server] {
+        let pid = vm.pid_of(part);
+        process::send(pid, Signal::SIGSTOP);
+        // The command line has an answer; which one depends on who is silent.
+        let answer = vm.dhow(&["status"]).deadline(Duration::from_secs(60)).spawn().try_wait();
+        let exec = vm.exec(&["true"]).deadline(Duration::from_secs(60)).spawn().try_wait();
+        if std::env::var_os("DHOW_SOAK").is_some() {
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        process::send(pid, Signal::SIGCONT);
+        let answer = answer.unwrap_or_else(|problem| panic!("with {part:?} stopped: {problem}"));
+        let exec = exec.unwrap_or_else(|problem| panic!("with {part:?} stopped: {problem}"));
+        assert!(answer.all().contains("stopped by a signal"), "with {part:?} stopped: {answer}");
+        // The keeper only holds, and a file server serves but its share.
+        if part != KEEPER && part != server {
+            assert!(!exec.status.success() && !exec.stderr.is_empty(), "with {part:?} stopped: {exec}");
+        }
+        life.assert_back(&format!("the stop of {part:?}"));
+        assert_eq!(vm.pid_of(part), pid, "{part:?} only stood still");
+    }
+}
+
+/// The guest's kernel has no complaint about its disk.
+fn assert_disk_clean(vm: &Vm) {
+    let kernel = vm.dhow(&["logs", "kernel"]).ok();
+    for bad in ["EXT4-fs error", "EXT4-fs warning", "I/O error", "needs fsck"] {
+        assert!(!kernel.contains(bad), "{bad}: {kernel}");
+    }
+}
+
+fn kill_qemu() {
+    let vm = Vm::new();
+    vm.start(&[]);
+    vm.import_image();
+    vm.docker(&[
+        "run",
+        "-d",
+        "--name",
+        "keep",
+        "--restart",
+        "always",
+        crate::harness::IMAGE,
+        "sleep",
+        "100000",
+    ])
+    .ok();
+    for _ in 0..repetitions() {
+        process::kill(vm.pid_of(QEMU));
+        vm.assert_nothing_left();
+        let status = vm.status();
+        assert_eq!(status["state"], "stopped", "{status}");
+        assert!(status["problem"].as_str().is_some_and(|problem| problem.contains("QEMU")), "{status}");
+        vm.start(&[]);
+        assert_disk_clean(&vm);
+        wait_until("the container that always restarts", BACK, || {
+            vm.docker(&["ps", "--format", "{{.Names}}"]).ok().contains("keep")
+        });
+    }
+    vm.stop();
+}
+
+/// As when the host loses power: sockets and state files of dead processes lie about.
+fn kill_all_at_once() {
+    let vm = Vm::new();
+    vm.start(&[]);
+    for round in 0..repetitions() {
+        process::kill(vm.pid_of(KEEPER));
+        process::end_all(&vm.dhow_home());
+        assert!(vm.run("docker.sock").exists(), "nobody has cleaned up");
+        let status = vm.status();
+        assert_eq!(status["state"], "stopped", "{status}");
+        if round % 2 == 0 {
+            let stopped = vm.dhow(&["stop"]).run().exits(0);
+            assert!(!stopped.all().is_empty());
+        }
+        vm.start(&[]).says("docker");
+        assert_disk_clean(&vm);
+        vm.docker(&["version"]).ok();
+    }
+    vm.stop();
+}
+
+fn acknowledged_writes_survive_a_power_cut() {
+    let vm = Vm::new();
+    vm.start(&[]);
+    vm.import_image();
+    let rounds = if repetitions() > 1 { repetitions() } else { 3 };
+    for _ in 0..rounds {
+        let options = ["-v", "records:/data"];
+        let writing = vm.docker_run(&options, &["guest-tool", "records", "write", "/data/log"]).spawn();
+        let count = |running: &Running| {
+            let text = running.stdout();
+            // A line that is cut off by the end is no acknowledgement.
+            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+            whole.lines().last().and_then(|line| line.trim().parse::<u64>().ok())
+        };
+        let mut first = None;
+        wait_until("acknowledged records", BACK, || {
+            first = first.or_else(|| count(&writing));
+            first.zip(count(&writing)).is_some_and(|(first, now)| now >= first + 50)
+        });
+        process::kill(vm.pid_of(QEMU));
+        let acknowledged = count(&writing).unwrap();
+        drop(writing);
+        vm.assert_nothing_left();
+        vm.start(&[]);
+        assert_disk_clean(&vm);
+        let kept: u64 =
+            vm.docker_run(&options, &["guest-tool", "records", "check", "/data/log"]).ok().parse().unwrap();
+        assert!(kept >= acknowledged, "{acknowledged} records were acknowledged, {kept} are there");
+    }
+    vm.stop();
+}

@@ -1,0 +1,72 @@
+//! End-to-end tests: the real `dhow`, a real VM under emulation, the real docker.
+//!
+//! `cargo test -p dhow-tests --test e2e -- FILTER` runs the cases whose names hold FILTER, or one of
+//! 'FILTER|FILTER'; `--skip`, `--exact` and `--list` are as with Rust's own tests. The files under test come from `make`, or from
+//! DHOW_BIN, DHOW_IMAGE, DHOW_GUEST_TOOL and DHOW_BUSYBOX.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod cli;
+mod crash;
+mod docker;
+mod failures;
+mod forwards;
+mod harness;
+mod lifecycle;
+mod mounts;
+mod network;
+mod selftest;
+mod unprivileged;
+
+use std::process::ExitCode;
+
+use harness::{Body, Case, process, report, shared, vm};
+use libtest_mimic::{Arguments, Trial};
+
+/// All cases: those of the shared VM first, so that it is started once.
+fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = [
+        selftest::cases(),
+        cli::cases(),
+        docker::cases(),
+        forwards::cases(),
+        mounts::cases(),
+        network::cases(),
+        crash::cases(),
+        lifecycle::cases(),
+        failures::cases(),
+        unprivileged::cases(),
+    ]
+    .concat();
+    cases.sort_by_key(|case| matches!(case.body, Body::Own(_)));
+    cases
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One after another: they share a VM, and a machine.
+    arguments.test_threads = Some(1);
+    // Between the lines of `--quiet` nobody sees what takes so long.
+    let loud = arguments.quiet;
+    report::install();
+    let mut cases = cases();
+    if let Some(filters) = arguments.filter.take_if(|filter| filter.contains('|')) {
+        cases.retain(|case| filters.split('|').any(|filter| case.name.contains(filter)));
+    }
+    let trials = cases.into_iter().map(|case| {
+        let name = case.name.clone();
+        Trial::test(name, move || case.run(loud))
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    shared::stop();
+    let left = process::end_all(vm::run_folder());
+    if !left.is_empty() {
+        report::fault(format!("left running at the end: {left:?}"));
+    }
+    vm::remove_run_folder();
+    let faults = report::faults();
+    for fault in &faults {
+        eprintln!("the suite fails: {fault}");
+    }
+    if faults.is_empty() { conclusion.exit_code() } else { ExitCode::from(101) }
+}

@@ -1,0 +1,225 @@
+//! The way out: names as on the host, servers of the host's network, and not the host's loopback.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::harness::net::{local, own_address, try_connect};
+use crate::harness::settings::in_path;
+use crate::harness::{Vm, cases};
+
+cases![Shared: names_of_the_hosts_file, a_server_of_the_hosts_network, the_hosts_loopback_is_closed,
+    names_of_dhow, containers_reach_each_other; Own: names_proxies_and_name_servers_of_the_host];
+
+/// A server on the host that answers every connection with one word, until dropped.
+struct Word {
+    address: SocketAddr,
+    end: Arc<AtomicBool>,
+}
+
+impl Word {
+    fn at(address: Ipv4Addr, word: &'static str) -> Self {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&end);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                if ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                // The client may be gone already.
+                let _ = stream.write_all(word.as_bytes());
+            }
+        });
+        Self { address, end }
+    }
+}
+
+impl Drop for Word {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        // Wakes it.
+        let _ = try_connect(self.address);
+    }
+}
+
+/// What a container hears from `address`. It does not end its own half first: after that Debian 12's passt
+/// (2023-03) loses the end of the server's.
+fn heard(vm: &Vm, address: IpAddr, port: u16) -> String {
+    let script = format!("mkfifo /never && nc -w 20 {address} {port} <>/never");
+    vm.docker_run(&[], &["sh", "-c", &script]).run().text()
+}
+
+/// The addresses that `nslookup` in a container finds, without that of the server.
+fn lookup(vm: &Vm, name: &str) -> String {
+    vm.docker_run(&[], &["nslookup", "-type=a", name]).run().text()
+}
+
+fn names_of_the_hosts_file(vm: &Vm) {
+    // Not localhost where there is another one: some resolvers know that by themselves.
+    let hosts = std::fs::read_to_string("/etc/hosts").unwrap();
+    let mut names: Vec<(&str, Ipv4Addr)> = hosts
+        .lines()
+        .filter_map(|line| line.split('#').next())
+        .filter_map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            let address = words.next()?.parse().ok()?;
+            Some(words.map(move |name| (name, address)))
+        })
+        .flatten()
+        .collect();
+    names.sort_by_key(|(name, _)| *name == "localhost");
+    let (name, address) = names.first().expect("a name in /etc/hosts");
+    let answer = lookup(vm, name);
+    assert!(answer.contains(&format!("Address: {address}")), "{name} is {address} on the host: {answer}");
+    // Of the guest itself, too.
+    let answer = vm.exec(&["getent", "ahostsv4", name]).ok();
+    assert!(answer.contains(&address.to_string()), "{answer}");
+}
+
+fn a_server_of_the_hosts_network(vm: &Vm) {
+    let server = Word::at(own_address(), "reached");
+    assert_eq!(heard(vm, server.address.ip(), server.address.port()), "reached");
+}
+
+fn the_hosts_loopback_is_closed(vm: &Vm) {
+    let server = Word::at(Ipv4Addr::LOCALHOST, "secret");
+    let port = server.address.port();
+    let mut here = String::new();
+    try_connect(local(port)).unwrap().read_to_string(&mut here).unwrap();
+    assert_eq!(here, "secret");
+    let gateway = vm.sh("ip -4 route show default | cut -d' ' -f3").ok();
+    for address in [gateway.as_str(), "127.0.0.1", "10.0.2.2", "172.17.0.1", &own_address().to_string()] {
+        let script = format!("nc -w 5 {address} {port} </dev/null");
+        for heard in
+            [vm.sh(&format!("busybox {script}")).run(), vm.docker_run(&[], &["sh", "-c", &script]).run()]
+        {
+            assert!(!heard.all().contains("secret"), "through {address}: {heard}");
+        }
+    }
+}
+
+fn names_of_dhow(vm: &Vm) {
+    for name in ["host.docker.internal", "host.dhow.internal"] {
+        let answer = lookup(vm, name);
+        let found =
+            answer.rsplit("Address: ").next().and_then(|address| address.trim().parse::<Ipv4Addr>().ok());
+        assert!(answer.contains(name) && found.is_some(), "{answer}");
+    }
+}
+
+fn containers_reach_each_other(vm: &Vm) {
+    vm.docker(&["network", "create", "e2e-net"]).ok();
+    let server = vm.container(
+        &["--network", "e2e-net", "--network-alias", "server"],
+        &["sh", "-c", "mkdir /www; echo hello >/www/index.html; exec httpd -f -h /www"],
+    );
+    let script = "for i in 1 2 3 4 5 6 7 8 9; do wget -qO- http://server/ && exit; sleep 1; done; exit 1";
+    assert_eq!(vm.docker_run(&["--network", "e2e-net"], &["sh", "-c", script]).ok(), "hello");
+    drop(server);
+    vm.docker(&["network", "rm", "e2e-net"]).ok();
+}
+
+/// A name server at `address`:53 that knows one name; until dropped.
+struct NameServer {
+    address: Ipv4Addr,
+    end: Arc<AtomicBool>,
+}
+
+impl NameServer {
+    fn at(address: Ipv4Addr, answer: Ipv4Addr) -> std::io::Result<Self> {
+        let socket = UdpSocket::bind((address, 53))?;
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&end);
+        std::thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((length, client)) = socket.recv_from(&mut query) {
+                if ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                let _ = socket.send_to(&name_answer(&query[..length], answer), client);
+            }
+        });
+        Ok(Self { address, end })
+    }
+}
+
+impl Drop for NameServer {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        let wake = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+            .and_then(|socket| socket.send_to(&[0], (self.address, 53)));
+        drop(wake);
+    }
+}
+
+/// RFC 1035, 4.1: the query with one answer for `vpn.corp.test`, or with NXDOMAIN. An additional section
+/// (EDNS) is cut off.
+fn name_answer(query: &[u8], address: Ipv4Addr) -> Vec<u8> {
+    let name = b"\x03vpn\x04corp\x04test\x00";
+    let Some(end) =
+        query.get(12..).and_then(|rest| rest.iter().position(|byte| *byte == 0)).map(|at| 12 + at + 5)
+    else {
+        return Vec::new();
+    };
+    let Some(question) = query.get(12..end) else { return Vec::new() };
+    let known = question.starts_with(name);
+    let is_a = question.ends_with(&[0, 1, 0, 1]);
+    let mut answer = query[..2].to_vec();
+    let count = u8::from(known && is_a);
+    answer.extend([0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, count, 0, 0, 0, 0]);
+    answer.extend(question);
+    if count == 1 {
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
+        answer.extend(address.octets());
+    }
+    answer
+}
+
+/// The host's resolver settings are replaced in a mount namespace of the VM's processes alone.
+fn names_proxies_and_name_servers_of_the_host() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this case needs root, for a mount namespace of its own: use `sudo`"
+    );
+    let vm = Vm::new().env("HTTP_PROXY", "http://proxy.test:3128").env("no_proxy", "localhost,.test");
+    let server = NameServer::at(Ipv4Addr::new(127, 0, 0, 57), Ipv4Addr::new(10, 20, 30, 40)).unwrap();
+    let (hosts, resolv) = (vm.home().join("hosts"), vm.home().join("resolv"));
+    std::fs::write(&hosts, "127.0.0.1 localhost\n10.9.8.7 db.corp.test db\n").unwrap();
+    std::fs::write(&resolv, "nameserver 127.0.0.57\n").unwrap();
+    let start = vm.start_command(&[]).to_std();
+    let mut line: Vec<String> = vec![start.get_program().to_string_lossy().into_owned()];
+    line.extend(start.get_args().map(|argument| argument.to_string_lossy().into_owned()));
+    let script = format!(
+        "mount --bind '{}' /etc/hosts && mount --bind '{}' /etc/resolv.conf && exec \"$@\"",
+        hosts.display(),
+        resolv.display()
+    );
+    vm.command(&in_path("unshare").expect("unshare"))
+        .args(["--mount", "sh", "-c", &script, "sh"])
+        .args(line)
+        .deadline(crate::harness::vm::START)
+        .run()
+        .exits(0);
+    vm.import_image();
+
+    let answer = lookup(&vm, "db.corp.test");
+    assert!(answer.contains("Address: 10.9.8.7"), "{answer}");
+    let answer = lookup(&vm, "vpn.corp.test");
+    assert!(answer.contains("Address: 10.20.30.40"), "{answer}");
+    let answer = lookup(&vm, "absent.corp.test");
+    assert!(answer.contains("NXDOMAIN"), "{answer}");
+    // The hosts file is read again when it changes; in place, since the mount is of this very file.
+    std::fs::write(&hosts, "127.0.0.1 localhost\n10.9.8.8 db.corp.test db\n").unwrap();
+    crate::harness::wait_until("the new address", crate::harness::SOON, || {
+        lookup(&vm, "db.corp.test").contains("Address: 10.9.8.8")
+    });
+
+    let info = vm.docker(&["info", "--format", "{{.HTTPProxy}} {{.NoProxy}}"]).ok();
+    assert_eq!(info, "http://proxy.test:3128 localhost,.test");
+    assert_eq!(vm.sh("echo $HTTP_PROXY $no_proxy").ok(), "http://proxy.test:3128 localhost,.test");
+    vm.stop();
+    drop(server);
+}

@@ -1,0 +1,144 @@
+//! A TCP server whose client says in its first line what is to be done:
+//!
+//! ```text
+//! echo               every byte back, until the client's end
+//! sink               read to the client's end, then answer "SIZE DIGEST\n"
+//! source SIZE SEED   send that much of the pattern, then end
+//! close-first        answer "bye\n", end this side, read on; print "close-first SIZE DIGEST"
+//! reset              reset the connection
+//! expect-reset       answer "ready\n", read on; print how the client ended: "reset" or "end"
+//! ```
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+
+use dhow_guest_tool::{Pattern, Summary};
+
+const CHUNK: usize = 64 << 10;
+const LINE_LIMIT: usize = 128;
+
+/// Serves for ever; a thread a connection.
+pub fn serve(address: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    say("listening");
+    for stream in listener.incoming() {
+        let stream = stream?;
+        std::thread::spawn(move || {
+            if let Err(error) = connection(stream) {
+                say(&format!("connection failed: {error}"));
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Prints a line at once: standard output may be a pipe.
+fn say(line: &str) {
+    let mut stdout = io::stdout().lock();
+    // Nobody may be reading any more; the connections matter.
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+}
+
+fn connection(mut stream: TcpStream) -> io::Result<()> {
+    let line = line(&mut stream)?;
+    let words: Vec<&str> = line.split(' ').collect();
+    match words.as_slice() {
+        ["echo"] => {
+            let mut from = stream.try_clone()?;
+            copy(&mut from, |bytes| stream.write_all(bytes))?;
+            stream.shutdown(Shutdown::Write)
+        }
+        ["sink"] => {
+            let summary = summary(&mut stream)?;
+            stream.write_all(format!("{summary}\n").as_bytes())
+        }
+        ["source", size, seed] => {
+            let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+            send(&mut stream, seed.parse().map_err(wrong)?, size.parse().map_err(wrong)?)
+        }
+        ["close-first"] => {
+            stream.write_all(b"bye\n")?;
+            stream.shutdown(Shutdown::Write)?;
+            let summary = summary(&mut stream)?;
+            say(&format!("close-first {summary}"));
+            Ok(())
+        }
+        ["reset"] => reset(stream),
+        ["expect-reset"] => {
+            stream.write_all(b"ready\n")?;
+            let ended = summary(&mut stream);
+            say(match ended {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => "expect-reset reset",
+                Err(_) => "expect-reset error",
+                Ok(_) => "expect-reset end",
+            });
+            Ok(())
+        }
+        _ => Err(io::Error::other(format!("unknown request {line:?}"))),
+    }
+}
+
+/// The first line, without reading beyond it.
+fn line(stream: &mut TcpStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.len() < LINE_LIMIT {
+        stream.read_exact(&mut byte)?;
+        if byte == *b"\n" {
+            return String::from_utf8(line).map_err(io::Error::other);
+        }
+        line.push(byte[0]);
+    }
+    Err(io::Error::other("the first line is too long"))
+}
+
+fn copy(from: &mut TcpStream, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match from.read(&mut chunk)? {
+            0 => return Ok(()),
+            read => to(&chunk[..read])?,
+        }
+    }
+}
+
+fn summary(stream: &mut TcpStream) -> io::Result<String> {
+    let mut summary = Summary::default();
+    copy(stream, |bytes| {
+        summary.update(bytes);
+        Ok(())
+    })?;
+    Ok(summary.finish())
+}
+
+/// Sends `size` bytes of the pattern `seed`.
+pub fn send(to: &mut impl Write, seed: u64, size: usize) -> io::Result<()> {
+    let mut pattern = Pattern::new(seed);
+    let mut chunk = vec![0; CHUNK];
+    let mut left = size;
+    while left > 0 {
+        let length = left.min(CHUNK);
+        pattern.fill(&mut chunk[..length]);
+        to.write_all(&chunk[..length])?;
+        left -= length;
+    }
+    to.flush()
+}
+
+/// Closes with a reset: lingering for no time throws away what is unsent (socket(7), SO_LINGER).
+fn reset(stream: TcpStream) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let size = libc::socklen_t::try_from(size_of::<libc::linger>()).map_err(io::Error::other)?;
+    // SAFETY: the pointer and the size are those of a live `linger`.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

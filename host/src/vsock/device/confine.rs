@@ -4,8 +4,8 @@
 //! socket, connect, start a program or a thread, or map code. What it has are the fds that it was given.
 //!
 //! What makes calls behind the code's back, and how that is met:
-//! - The allocator maps and unmaps memory in any thread, and glibc's reads `/sys/devices/system/cpu` where there may
-//!   be several arenas: [`enter`] keeps it to one.
+//! - The allocator maps and unmaps memory in any thread. glibc's also opens two files, each when it first needs what
+//!   is in it: [`prepare`] sees to it that it will not.
 //! - The vhost-user library maps guest memory whenever QEMU changes its layout.
 //! - A panic with a backtrace opens the program's file; from [`enter`] on there is none, and a panic in any thread
 //!   aborts: half a device would leave the guest's connections hanging.
@@ -71,25 +71,51 @@ const IOCTLS: [libc::Ioctl; 2] = [libc::FIONBIO, libc::TIOCOUTQ];
 const FCNTLS: [libc::c_int; 5] =
     [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL];
 
-/// Confines all threads of the process for good. No thread can be started afterwards.
+/// Confines all threads of the process for good. No thread can be started afterwards. [`prepare`] comes first.
 ///
 /// # Errors
 /// When the kernel refuses, in words.
 pub fn enter() -> Result<(), String> {
-    settle_allocator()?;
     abort_on_panic();
     let filter = filter().map_err(|error| error.to_string())?;
     seccompiler::apply_filter_all_threads(&filter).map_err(|error| error.to_string())
 }
 
-/// Keeps glibc to one arena. Otherwise it counts the CPUs, for which it opens a file, when a thread allocates
-/// that finds many arenas (`arena_get2`, malloc/arena.c): at any time.
-fn settle_allocator() -> Result<(), String> {
+/// Takes from glibc's allocator the occasions to open files. Before the device starts its threads.
+///
+/// - When memory at the end of a thread's arena is free, it wants to know whether it may give it back, from
+///   `/proc/sys/vm/overcommit_memory` (`check_may_shrink_heap`, malloc/arena.c). It asks once: now.
+/// - When there are many arenas it counts the CPUs, from `/sys/devices/system/cpu` (`arena_get2`): there will be no
+///   further ones.
+///
+/// # Errors
+/// When there is no thread to be had, or the allocator refuses; in words.
+#[cfg(target_env = "gnu")]
+pub fn prepare() -> Result<(), String> {
+    let thread = std::thread::Builder::new().spawn(free_a_heap).map_err(|error| error.to_string())?;
+    thread.join().map_err(|_| "a thread of the allocator's panicked".to_owned())?;
     // SAFETY: mallopt(3) takes two numbers and changes a setting of the allocator under its lock.
     match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
         1 => Ok(()),
         _ => Err("the allocator does not keep to one arena".to_owned()),
     }
+}
+
+/// Other allocators open nothing.
+///
+/// # Errors
+/// Never.
+#[cfg(not(target_env = "gnu"))]
+pub fn prepare() -> Result<(), String> {
+    Ok(())
+}
+
+/// Frees more at the end of this thread's arena than `M_TRIM_THRESHOLD`, in pieces below `M_MMAP_THRESHOLD`
+/// (both 128 KiB), which have their own mappings.
+#[cfg(any(test, target_env = "gnu"))]
+pub fn free_a_heap() {
+    let pieces: Vec<Vec<u8>> = (0..16).map(|_| vec![1; 100 << 10]).collect();
+    drop(std::hint::black_box(pieces));
 }
 
 fn abort_on_panic() {

@@ -65,6 +65,14 @@ fn confined_process() {
     let deed = std::env::var(DEED).unwrap();
     let (ask, asked) = std::sync::mpsc::channel::<()>();
     let (answer, answered) = std::sync::mpsc::channel();
+    let (trim, told_to_trim) = std::sync::mpsc::channel::<()>();
+    // It has an arena of its own.
+    let early = std::thread::spawn(move || {
+        drop(std::hint::black_box(vec![1_u8; 100]));
+        told_to_trim.recv().unwrap();
+        confine::free_a_heap();
+    });
+    confine::prepare().unwrap();
     let other = std::thread::spawn(move || {
         asked.recv().unwrap();
         let opened = std::fs::File::open("/dev/null").is_ok();
@@ -78,6 +86,9 @@ fn confined_process() {
             let map: HashMap<u32, u32> = (0..1000).map(|number| (number, number)).collect();
             let now = Instant::now();
             eprintln!("{} {} {:?}", large.len(), map.len(), now.elapsed());
+            confine::free_a_heap();
+            trim.send(()).unwrap();
+            early.join().unwrap();
         }
         "openat" => drop(std::fs::File::open("/dev/null")),
         "openat in another thread" => {
@@ -99,7 +110,7 @@ fn confined_process() {
         other => panic!("no such deed: {other}"),
     }
     println!("done");
-    drop(other);
+    drop((other, trim));
 }
 
 fn confined(deed: &str) -> Output {

@@ -360,6 +360,8 @@ fn kill_qemu() {
         "100000",
     ])
     .ok();
+    // Docker does not fsync that it has started a container; a cut a moment later would find it not started.
+    vm.sh("sync").ok();
     for _ in 0..repetitions() {
         process::kill(vm.pid_of(QEMU));
         vm.assert_nothing_left();

@@ -39,6 +39,10 @@ guest-tool: setup
 soak: setup build image guest-tool
 	$(timed) "soak" env DHOW_SOAK=$${DHOW_SOAK:-20} cargo test --quiet --package dhow-tests --test e2e -- crash::
 
+# Fuzz targets for what a guest can feed, FUZZ_SECONDS (300) each; needs `cargo install cargo-fuzz`.
+fuzz: setup
+	$(timed) "fuzz" tests/fuzz/run.sh
+
 # What needs no VM: form, lints on both targets, documentation, licences.
 check: setup
 	$(timed) "fmt" cargo fmt --all --check

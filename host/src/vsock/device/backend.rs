@@ -52,6 +52,12 @@ impl Backend {
         self.reactor.poll_set()
     }
 
+    /// Connections that exist.
+    #[cfg(fuzzing)]
+    pub fn connections(&self) -> u64 {
+        self.reactor.muxer.stats().connections
+    }
+
     fn running(vring: &VringMutex) -> bool {
         let state = vring.get_ref();
         state.is_enabled() && state.get_queue().ready()

@@ -4,8 +4,8 @@
 //! socket, connect, start a program or a thread, or map code. What it has are the fds that it was given.
 //!
 //! What makes calls behind the code's back, and how that is met:
-//! - The allocator maps and unmaps memory in any thread, and glibc's opens files where it has several arenas:
-//!   [`settle_allocator`] keeps it to one.
+//! - The allocator maps and unmaps memory in any thread. glibc's also opens two files, each when it first needs what
+//!   is in it: [`prepare`] sees to it that it will not.
 //! - The vhost-user library maps guest memory whenever QEMU changes its layout.
 //! - A panic with a backtrace opens the program's file; from [`enter`] on there is none, and a panic in any thread
 //!   aborts: half a device would leave the guest's connections hanging.
@@ -71,8 +71,7 @@ const IOCTLS: [libc::Ioctl; 2] = [libc::FIONBIO, libc::TIOCOUTQ];
 const FCNTLS: [libc::c_int; 5] =
     [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL];
 
-/// Confines all threads of the process for good. No thread can be started afterwards, and
-/// [`settle_allocator`] was called before the first one.
+/// Confines all threads of the process for good. No thread can be started afterwards. [`prepare`] comes first.
 ///
 /// # Errors
 /// When the kernel refuses, in words.
@@ -82,18 +81,41 @@ pub fn enter() -> Result<(), String> {
     seccompiler::apply_filter_all_threads(&filter).map_err(|error| error.to_string())
 }
 
-/// Keeps glibc's allocator to one arena; for a process that has one thread yet, as a thread keeps the arena that
-/// it has. With several, glibc opens files at times of its own: to count the CPUs (`arena_get2`, malloc/arena.c),
-/// and to learn how memory is overcommitted before an arena shrinks (`check_may_shrink_heap`, malloc-sysdep.h).
+/// Takes from glibc's allocator the occasions to open files. Before the device starts its threads.
+///
+/// - When memory at the end of a thread's arena is free, it wants to know whether it may give it back, from
+///   `/proc/sys/vm/overcommit_memory` (`check_may_shrink_heap`, malloc/arena.c). It asks once: now.
+/// - When there are many arenas it counts the CPUs, from `/sys/devices/system/cpu` (`arena_get2`): there will be no
+///   further ones.
 ///
 /// # Errors
-/// When glibc does not take the setting.
-pub fn settle_allocator() -> Result<(), String> {
+/// When there is no thread to be had, or the allocator refuses; in words.
+#[cfg(target_env = "gnu")]
+pub fn prepare() -> Result<(), String> {
+    let thread = std::thread::Builder::new().spawn(free_a_heap).map_err(|error| error.to_string())?;
+    thread.join().map_err(|_| "a thread of the allocator's panicked".to_owned())?;
     // SAFETY: mallopt(3) takes two numbers and changes a setting of the allocator under its lock.
     match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
         1 => Ok(()),
         _ => Err("the allocator does not keep to one arena".to_owned()),
     }
+}
+
+/// Other allocators open nothing.
+///
+/// # Errors
+/// Never.
+#[cfg(not(target_env = "gnu"))]
+pub fn prepare() -> Result<(), String> {
+    Ok(())
+}
+
+/// Frees more at the end of this thread's arena than `M_TRIM_THRESHOLD`, in pieces below `M_MMAP_THRESHOLD`
+/// (both 128 KiB), which have their own mappings.
+#[cfg(any(test, target_env = "gnu"))]
+pub fn free_a_heap() {
+    let pieces: Vec<Vec<u8>> = (0..16).map(|_| vec![1; 100 << 10]).collect();
+    drop(std::hint::black_box(pieces));
 }
 
 fn abort_on_panic() {

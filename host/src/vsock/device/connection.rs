@@ -70,6 +70,11 @@ enum Host {
     Closed,
 }
 
+/// Buffers that a first read is offered: what an interactive client sends fits one, and each has to be looked at.
+const APPETITE: usize = 4;
+/// Buffers that one read is offered at the most.
+const MOST_APPETITE: usize = 16;
+
 /// What a turn of [`Connection::fill`] came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Turn {
@@ -107,8 +112,8 @@ pub struct Connection {
     /// From the guest, for the fd; at most [`WINDOW`] bytes, as its credit says.
     buffer: VecDeque<u8>,
     readable: bool,
-    /// The last read left nothing behind, so that the next one will hardly find much.
-    emptied: bool,
+    /// Buffers for the next read: more after one that filled all, one after one that left nothing behind.
+    appetite: usize,
     writable: bool,
     /// The fd has no more for the guest.
     host_finished: bool,
@@ -141,7 +146,7 @@ impl Connection {
             reply_len,
             buffer: VecDeque::new(),
             readable: false,
-            emptied: false,
+            appetite: APPETITE,
             writable: false,
             host_finished: false,
             told_finished: false,
@@ -297,7 +302,9 @@ impl Connection {
             return;
         }
         self.readable |= readable;
-        self.emptied &= !readable;
+        if readable {
+            self.appetite = self.appetite.max(APPETITE);
+        }
         self.writable |= writable;
         self.flush();
     }
@@ -523,8 +530,7 @@ impl Connection {
         let mut turn = Turn::default();
         while turn.packets < most && self.wants_permit() {
             if self.guest == Guest::Open && !self.preamble_left() && self.may_read() {
-                // One buffer where hardly anything can be left: looking at sixteen for nothing has its price.
-                let most = if self.emptied { 1 } else { most - turn.packets };
+                let most = self.appetite.min(most - turn.packets);
                 if let Some((packets, bytes)) = self.fill_from_fd(rx, most) {
                     turn.packets += packets;
                     turn.bytes += bytes;
@@ -557,7 +563,7 @@ impl Connection {
         }
         let room = batch.payload();
         let (read, end) = fd.read_into(&room);
-        self.emptied = read < room.len();
+        self.appetite = if read < room.len() { 1 } else { MOST_APPETITE.min(4 * self.appetite) };
         match end {
             End::More => {}
             End::Blocked => self.readable = false,

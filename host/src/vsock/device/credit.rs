@@ -235,6 +235,41 @@ mod tests {
             }
         }
 
+        /// Packets that are planned together are all within what the guest granted.
+        #[test]
+        fn a_plan_of_packets_stays_within_the_credit(
+            start: u32,
+            alloc in 0u32..2_000_000,
+            before in prop::collection::vec(1usize..5000, 0..50),
+            rooms in prop::collection::vec(1usize..9000, 1..40),
+        ) {
+            let mut credit = Outgoing { sent: start, peer_forwarded: start, ..Outgoing::default() };
+            credit.update(alloc, start);
+            for len in before {
+                let len = len.min(credit.allowance());
+                if len > 0 {
+                    credit.sent(len);
+                }
+            }
+            prop_assert_eq!(credit.allowance_after(0), credit.allowance());
+            let mut plan: Vec<usize> = Vec::new();
+            for room in rooms.into_iter().take(credit.packets()) {
+                let planned = plan.iter().sum();
+                let allowed = credit.allowance_after(planned);
+                prop_assert!(allowed + planned <= credit.allowance());
+                if allowed == 0 {
+                    break;
+                }
+                plan.push(room.min(allowed));
+            }
+            for len in plan {
+                prop_assert!(credit.allowance() >= len, "sent one by one it is within the credit too");
+                credit.sent(len);
+            }
+            prop_assert!(credit.in_flight() <= alloc);
+            prop_assert!(credit.under_way.len() <= MOST_PACKETS);
+        }
+
         /// With an honest guest every byte gets through, whatever its window and however it reads.
         #[test]
         fn an_honest_guest_is_never_starved(window in 128u32..1_000_000, total in 1usize..3_000_000, start: u32) {

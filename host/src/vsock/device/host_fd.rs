@@ -13,6 +13,13 @@ use super::queue::Segments;
 /// Pieces of guest memory in one read or write: 16 receive buffers of a Linux guest, or one of its largest packets.
 const MOST_PIECES: usize = 64;
 
+/// What is watched, edge-triggered.
+const EVENTS: EpollFlags =
+    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT).union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
+
+/// Reads of bytes that nobody wants in one go, of 16 KiB: a client may send them as fast as they are read.
+const DISCARDS: usize = 32;
+
 /// Why a transfer stopped.
 #[derive(Debug)]
 pub enum End {
@@ -32,6 +39,7 @@ pub enum End {
 pub struct HostFd {
     fd: OwnedFd,
     epoll: Arc<Epoll>,
+    token: u64,
     local: bool,
 }
 
@@ -45,13 +53,11 @@ impl HostFd {
             }
             let local = rustix::net::sockopt::socket_domain(&fd)? == AddressFamily::UNIX;
             rustix::io::ioctl_fionbio(&fd, true)?;
-            let events =
-                EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-            epoll.add(&fd, EpollEvent::new(events, token))?;
+            epoll.add(&fd, EpollEvent::new(EVENTS, token))?;
             Ok(local)
         })();
         match prepared {
-            Ok(local) => Ok(Self { fd, epoll: Arc::clone(epoll), local }),
+            Ok(local) => Ok(Self { fd, epoll: Arc::clone(epoll), token, local }),
             Err(error) => Err((fd, error)),
         }
     }
@@ -150,7 +156,7 @@ impl HostFd {
     pub fn delivered(&self) -> bool {
         // Unread bytes would turn the close into a reset, and that throws away what the client has not read.
         let mut scratch = [0; 16 << 10];
-        loop {
+        for _ in 0..DISCARDS {
             match rustix::io::read(&self.fd, &mut scratch) {
                 Ok(1..) | Err(rustix::io::Errno::INTR) => {}
                 Ok(0) => return self.local || self.acknowledged(),
@@ -159,6 +165,9 @@ impl HostFd {
                 Err(_) => return true,
             }
         }
+        // Watched anew, it makes an event again if there is more.
+        let _ = self.epoll.modify(&self.fd, &mut EpollEvent::new(EVENTS, self.token));
+        false
     }
 
     /// Whether the other side's kernel has everything that was written. Where a socket cannot tell, it has.

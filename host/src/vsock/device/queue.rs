@@ -342,3 +342,157 @@ impl Drop for RxBatch<'_, '_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use virtio_queue::Queue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::packet::{Header, Op};
+    use super::*;
+
+    const SIZE: u16 = 16;
+    const TABLE: u64 = 0;
+    const AVAIL: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+    const BUFFERS: u64 = 0x1_0000;
+    const MEMORY: usize = 4 << 20;
+
+    fn memory() -> Memory {
+        Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+    }
+
+    fn queue() -> Queue {
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_desc_table_address(GuestAddress(TABLE)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(AVAIL)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+        queue.set_ready(true);
+        queue
+    }
+
+    fn describe(memory: &Memory, index: u16, addr: u64, len: u32, flags: u16) {
+        let at = TABLE + 16 * u64::from(index);
+        memory.write_obj(addr, GuestAddress(at)).unwrap();
+        memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+        memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        memory.write_obj(index + 1, GuestAddress(at + 14)).unwrap();
+    }
+
+    fn publish(memory: &Memory, heads: &[u16]) {
+        for (slot, head) in heads.iter().enumerate() {
+            memory.write_obj(*head, GuestAddress(AVAIL + 4 + 2 * slot as u64)).unwrap();
+        }
+        memory.write_obj(heads.len() as u16, GuestAddress(AVAIL + 2)).unwrap();
+    }
+
+    fn used(memory: &Memory) -> Vec<(u32, u32)> {
+        let count: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        (0..u64::from(count))
+            .map(|slot| {
+                let at = USED + 4 + 8 * slot;
+                let id = memory.read_obj(GuestAddress(at)).unwrap();
+                (id, memory.read_obj(GuestAddress(at + 4)).unwrap())
+            })
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// A packet is what its header says, however its chain is cut; never more, and nothing when there is less.
+        #[test]
+        fn a_packet_is_its_header_and_its_length(
+            len in 0usize..70_000,
+            claimed in prop_oneof![0u32..70_000, any::<u32>()],
+            cuts in prop::collection::vec(prop_oneof![0usize..100, 0usize..40_000], 0..15),
+        ) {
+            let memory = memory();
+            let header = Header { len: claimed, ..Header::to_guest(3, 1, 2, Op::Rw) };
+            let payload: Vec<u8> = (0..len).map(|index| (index % 251) as u8).collect();
+            let bytes = [header.encode().as_slice(), &payload].concat();
+            let (mut at, mut index) = (0, 0);
+            for cut in cuts.into_iter().chain([usize::MAX]) {
+                let part = cut.min(bytes.len() - at);
+                let addr = BUFFERS + u64::from(index) * 0x2_0000;
+                memory.write_slice(&bytes[at..at + part], GuestAddress(addr)).unwrap();
+                at += part;
+                let more = at < bytes.len() && cut != usize::MAX;
+                describe(&memory, index, addr, part as u32, u16::from(more));
+                index += 1;
+                if !more {
+                    break;
+                }
+            }
+            publish(&memory, &[0]);
+            let mut queue = queue();
+            let chain = queue.pop_descriptor_chain(&memory).unwrap();
+            match TxPacket::parse(&memory, chain) {
+                Ok(packet) => {
+                    prop_assert_eq!(packet.header, header);
+                    prop_assert!(claimed as usize <= len.min(MAX_PAYLOAD));
+                    let mut got = vec![0; claimed as usize];
+                    prop_assert_eq!(packet.payload.copy_to(&mut got), got.len());
+                    prop_assert_eq!(packet.payload.len(), got.len());
+                    prop_assert_eq!(got.as_slice(), &payload[..claimed as usize]);
+                }
+                Err(ChainError::TooLong { header }) => prop_assert!(header.len as usize > MAX_PAYLOAD),
+                Err(ChainError::Truncated { have, .. }) => {
+                    prop_assert_eq!(have, len.min(MAX_PAYLOAD));
+                    prop_assert!(claimed as usize > have);
+                }
+                Err(other) => prop_assert!(false, "{other}"),
+            }
+        }
+
+        /// A batch takes the chains in order, fills them one after the other, and leaves the rest for the next one.
+        #[test]
+        fn a_batch_fills_buffers_in_order(
+            rooms in prop::collection::vec(prop_oneof![Just(44u32), 45u32..200, 4000u32..9000], 1..16),
+            most in 1usize..20,
+            allowed in 0usize..60_000,
+            filled in 0usize..60_000,
+        ) {
+            let memory = memory();
+            for (index, room) in (0..).zip(&rooms) {
+                // VIRTQ_DESC_F_WRITE
+                describe(&memory, index, BUFFERS + u64::from(index) * 0x1_0000, *room, 2);
+            }
+            let heads: Vec<u16> = (0..rooms.len() as u16).collect();
+            publish(&memory, &heads);
+            let mut queue = queue();
+            let mut rx = RxQueue::new(&mut queue, &memory);
+            let mut batch = rx.permits(most, |planned| allowed.saturating_sub(planned));
+            let room = batch.payload();
+            prop_assert!(room.len() <= allowed);
+            prop_assert!(batch.chains.len() <= most.min(rooms.len()));
+            let bytes: Vec<u8> = (0..filled.min(room.len())).map(|index| (index % 253) as u8).collect();
+            room.copy_from(&bytes);
+            let mut told = Vec::new();
+            let packets = batch.send(bytes.len(), |len| {
+                told.push(len);
+                Header { len: len as u32, ..Header::to_guest(3, 1, 2, Op::Rw) }
+            });
+            prop_assert_eq!(packets, told.len());
+            prop_assert_eq!(told.iter().sum::<usize>(), bytes.len());
+            let used = used(&memory);
+            prop_assert_eq!(used.len(), packets);
+            let mut got = Vec::new();
+            for ((index, (id, len)), told) in (0..).zip(used).zip(told) {
+                prop_assert_eq!(id, index);
+                prop_assert!(told > 0 && told <= rooms[index as usize] as usize - HEADER_LEN);
+                let mut packet = vec![0; len as usize];
+                memory.read_slice(&mut packet, GuestAddress(BUFFERS + u64::from(index) * 0x1_0000)).unwrap();
+                let header = Header::decode(packet[..HEADER_LEN].try_into().unwrap());
+                prop_assert_eq!(header.len as usize, told);
+                prop_assert_eq!(packet.len(), HEADER_LEN + told);
+                got.extend_from_slice(&packet[HEADER_LEN..]);
+            }
+            prop_assert_eq!(got, bytes);
+            // The next chain is the first that was not spent.
+            let next = queue.pop_descriptor_chain(&memory).map(|chain| usize::from(chain.head_index()));
+            prop_assert_eq!(next, (packets < rooms.len()).then_some(packets));
+        }
+    }
+}

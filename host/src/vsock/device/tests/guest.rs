@@ -57,7 +57,7 @@ impl Ring {
         self.avail = self.avail.wrapping_add(1);
         memory.write_obj(self.avail, GuestAddress(self.avail_at() + 2)).unwrap();
     }
-    fn take_used(&mut self, memory: &Memory) -> Option<(u16, u32)> {
+    pub fn take_used(&mut self, memory: &Memory) -> Option<(u16, u32)> {
         let used: u16 = memory.read_obj(GuestAddress(self.used_at() + 2)).unwrap();
         if used == self.seen {
             return None;
@@ -313,11 +313,16 @@ impl Guest {
 
     /// Lets the device do one turn; takes what it gave.
     pub fn step(&mut self) {
+        self.turn();
+        self.collect();
+    }
+
+    /// Lets the device do one turn.
+    pub fn turn(&mut self) {
         let vrings = self.vrings.clone();
         for event in [REACTOR_EVENT as u16, 1, 0] {
             self.backend.handle_event(event, EventSet::IN, &vrings, 0).unwrap();
         }
-        self.collect();
     }
 
     /// Whether the event loop would come back at once.

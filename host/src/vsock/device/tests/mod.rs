@@ -3,7 +3,9 @@
 
 mod bulk;
 mod client;
+mod crowds;
 mod guest;
 mod hostile;
 mod lifecycle;
 mod process;
+mod rings;

@@ -36,10 +36,11 @@ fn seqpacket() -> OwnedFd {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
 }
 
-fn again(test: &str) -> Command {
+/// This test binary, to run one test that is a process for others.
+pub fn again(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--ignored", "--exact", "--nocapture", &format!("vsock::device::tests::process::{test}")])
+        .args(["--ignored", "--exact", "--nocapture", &format!("vsock::device::tests::{test}")])
         .stdin(Stdio::null());
     command
 }
@@ -64,6 +65,14 @@ fn confined_process() {
     let deed = std::env::var(DEED).unwrap();
     let (ask, asked) = std::sync::mpsc::channel::<()>();
     let (answer, answered) = std::sync::mpsc::channel();
+    let (trim, told_to_trim) = std::sync::mpsc::channel::<()>();
+    // It has an arena of its own.
+    let early = std::thread::spawn(move || {
+        drop(std::hint::black_box(vec![1_u8; 100]));
+        told_to_trim.recv().unwrap();
+        confine::free_a_heap();
+    });
+    confine::prepare().unwrap();
     let other = std::thread::spawn(move || {
         asked.recv().unwrap();
         let opened = std::fs::File::open("/dev/null").is_ok();
@@ -77,6 +86,9 @@ fn confined_process() {
             let map: HashMap<u32, u32> = (0..1000).map(|number| (number, number)).collect();
             let now = Instant::now();
             eprintln!("{} {} {:?}", large.len(), map.len(), now.elapsed());
+            confine::free_a_heap();
+            trim.send(()).unwrap();
+            early.join().unwrap();
         }
         "openat" => drop(std::fs::File::open("/dev/null")),
         "openat in another thread" => {
@@ -98,11 +110,11 @@ fn confined_process() {
         other => panic!("no such deed: {other}"),
     }
     println!("done");
-    drop(other);
+    drop((other, trim));
 }
 
 fn confined(deed: &str) -> Output {
-    again("confined_process").env(DEED, deed).env("RUST_BACKTRACE", "1").output().unwrap()
+    again("process::confined_process").env(DEED, deed).env("RUST_BACKTRACE", "1").output().unwrap()
 }
 
 #[test]
@@ -139,7 +151,8 @@ struct Machine {
 
 impl Machine {
     fn start(folder: &Path) -> Self {
-        let child = again("device_process").env(FOLDER, folder).stdout(Stdio::piped()).spawn().unwrap();
+        let child =
+            again("process::device_process").env(FOLDER, folder).stdout(Stdio::piped()).spawn().unwrap();
         let process = Process(child);
         let socket = retry(|| UnixStream::connect(folder.join("vhost")));
         let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

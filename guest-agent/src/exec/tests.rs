@@ -467,7 +467,7 @@ async fn a_host_that_leaves_hangs_its_command_up() {
         let start = if tty { on_tty(shell(&script)) } else { shell(&script) };
         let host = Host::start(start).await;
         until(&up, true).await;
-        let Host { reader, writer, running } = host;
+        let Host { reader, writer, running, .. } = host;
         drop((reader, writer));
         within(running).await.unwrap();
         assert!(hung_up.exists(), "tty: {tty}");

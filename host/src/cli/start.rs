@@ -127,7 +127,7 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
     loop {
         let (mut connection, ours) = match reach(paths, profile, deadline, &mut signals, &display).await? {
             Reached::Running(report) => return already_running(&report, profile, changed),
-            Reached::Starting { connection, ours } => (connection, ours),
+            Reached::Starting { connection, ours } => (*connection, ours),
         };
         if changed && !ours {
             display.notice("the VM was being started already; new settings hold after `dhow restart`");
@@ -158,7 +158,7 @@ enum Reached {
     /// A start to follow.
     Starting {
         /// Nothing was asked on it yet.
-        connection: Connection,
+        connection: Box<Connection>,
         /// This command has begun it.
         ours: bool,
     },
@@ -187,7 +187,9 @@ async fn reach(
         match client::status(paths).await {
             Ok(Some(report)) => match report.state {
                 VmState::Running | VmState::Degraded => return Ok(Reached::Running(Box::new(report))),
-                VmState::Starting => return Ok(Reached::Starting { connection, ours }),
+                VmState::Starting => {
+                    return Ok(Reached::Starting { connection: Box::new(connection), ours });
+                }
                 VmState::Stopping | VmState::Stopped => {}
             },
             Ok(None) | Err(CommandError::Gone) => {}

@@ -111,6 +111,12 @@ async fn kill(paths: &Paths) -> Result<bool, CommandError> {
         say(&format!("notice: {}", escape(&notice)));
     }
     Record::remove(paths);
+    let sockets =
+        [paths.api_socket(), paths.docker_socket(), paths.device_socket(), paths.device_control_socket()];
+    for socket in sockets {
+        // A new keeper replaces one that is still there.
+        let _ = std::fs::remove_file(socket);
+    }
     Ok(true)
 }
 

@@ -1,6 +1,13 @@
 //! A command in the guest: what to run, its input, its output.
+//!
+//! Signals and sizes share a stream with standard input, which the command may not read. So the host
+//! sends at most [`STDIN_WINDOW`] bytes that the guest has not passed on yet ([`ExecOutput::StdinTaken`]):
+//! the guest always has room for them and reads on, and what comes behind them is never stuck.
 
 use bincode::{Decode, Encode};
+
+/// Bytes of standard input that may be on their way to the command.
+pub const STDIN_WINDOW: usize = 1 << 20;
 
 /// What to run.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -50,6 +57,9 @@ pub enum ExecOutput {
     Stderr(Vec<u8>),
     /// The last frame: the command ended and all its output was sent.
     Exited(ExitStatus),
+    /// That many more bytes of standard input were passed on, and as many more may come. A command that
+    /// has closed its standard input takes no more.
+    StdinTaken(u32),
 }
 
 /// How a command ended.

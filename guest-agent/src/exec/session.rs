@@ -3,12 +3,13 @@
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, CodecError, DATA_CHUNK, DATA_LIMIT};
-use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus};
+use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus, STDIN_WINDOW};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::process::{self, Exit, Group, StartError, Stdio};
@@ -16,8 +17,6 @@ use super::{Prepared, pipes, pty};
 use crate::serve::chain;
 use crate::serve::stream::Stream;
 
-/// Chunks of standard input that wait for a command which does not read. Signals come behind them.
-const STDIN_CHUNKS: usize = 16;
 /// How long output may be silent after the command's end while something else still holds its ends.
 const GRACE: Duration = Duration::from_millis(500);
 /// So much output after the command's end is not its own any more: no pipe holds as much.
@@ -32,6 +31,33 @@ const CODE_NOT_EXECUTABLE: u8 = 126;
 
 type Reader = Box<dyn AsyncRead + Send + Unpin>;
 type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// A piece of standard input, and its part of the window until it is passed on.
+type Chunk = (Vec<u8>, OwnedSemaphorePermit);
+
+/// Bytes of standard input that were passed on and that the host does not know of yet.
+#[derive(Default)]
+struct Taken {
+    bytes: AtomicU32,
+    more: Notify,
+}
+
+impl Taken {
+    fn add(&self, bytes: usize) {
+        // Never more than the window, which fits.
+        self.bytes.fetch_add(u32::try_from(bytes).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.more.notify_one();
+    }
+
+    async fn next(&self) -> u32 {
+        loop {
+            match self.bytes.swap(0, Ordering::Relaxed) {
+                0 => self.more.notified().await,
+                bytes => return bytes,
+            }
+        }
+    }
+}
 
 /// This side of a command's standard streams.
 struct Ends {
@@ -111,11 +137,13 @@ async fn serve(
 ) -> Result<Option<ExitStatus>, CodecError> {
     let Ends { stdin, stdout, mut stderr, terminal } = ends;
     let mut stdout = Some(stdout);
-    let (chunks, queue) = mpsc::channel(STDIN_CHUNKS);
+    // Bounded by the window.
+    let (chunks, queue) = mpsc::unbounded_channel();
+    let taken = Taken::default();
     let ended = tokio::select! {
-        ended = output(stream, &mut stdout, &mut stderr, &mut exit) => ended.map(Some),
+        ended = output(stream, &mut stdout, &mut stderr, &taken, &mut exit) => ended.map(Some),
         ended = input(stream, chunks, &group, terminal.as_deref()) => ended.map(|()| None),
-        never = feed(stdin, queue, terminal.as_deref()) => match never {},
+        never = feed(stdin, queue, &taken, terminal.as_deref()) => match never {},
     };
     if matches!(ended, Ok(Some(_))) {
         group.leave();
@@ -132,20 +160,28 @@ async fn serve(
 /// Reads what the host says until it leaves.
 async fn input(
     mut stream: &Stream,
-    chunks: mpsc::Sender<Vec<u8>>,
+    chunks: mpsc::UnboundedSender<Chunk>,
     group: &Group,
     terminal: Option<&pty::Master>,
 ) -> Result<(), CodecError> {
     let mut chunks = Some(chunks);
+    let window = Arc::new(Semaphore::new(STDIN_WINDOW));
     while let Some(message) = codec::read_frame(&mut stream, DATA_LIMIT).await? {
         match message {
             ExecInput::Stdin(bytes) => {
                 if let Some(chunks) = &chunks {
+                    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                     tokio::select! {
-                        // Nobody takes it when the command has closed its standard input.
-                        _ = chunks.send(bytes) => {}
-                        // While the queue is full nothing else would tell that the host has left.
-                        () = stream.hung_up(), if chunks.capacity() == 0 => return Ok(()),
+                        biased;
+                        // There is room at once, unless the host does not keep to the window.
+                        room = Arc::clone(&window).acquire_many_owned(length) => {
+                            if let Ok(room) = room {
+                                // Nobody takes it when the command has closed its standard input.
+                                let _ = chunks.send((bytes, room));
+                            }
+                        }
+                        // While there is none nothing else would tell that the host has left.
+                        () = stream.hung_up() => return Ok(()),
                     }
                 }
             }
@@ -168,17 +204,21 @@ async fn input(
 /// Writes standard input until it ends, or the command reads no more.
 async fn feed(
     mut stdin: Writer,
-    mut queue: mpsc::Receiver<Vec<u8>>,
+    mut queue: mpsc::UnboundedReceiver<Chunk>,
+    taken: &Taken,
     terminal: Option<&pty::Master>,
 ) -> std::convert::Infallible {
     let mut last = None;
-    while let Some(chunk) = queue.recv().await {
+    while let Some((chunk, room)) = queue.recv().await {
         if let Err(error) = stdin.write_all(&chunk).await {
             tracing::debug!(%error, "a command reads no more");
-            queue.close();
+            // What waits gives its room back.
+            drop(queue);
             return pending().await;
         }
         last = chunk.last().copied().or(last);
+        drop(room);
+        taken.add(chunk.len());
     }
     if let Some(terminal) = terminal {
         // A terminal that is gone needs no end.
@@ -193,6 +233,7 @@ async fn output(
     mut stream: &Stream,
     stdout: &mut Option<Reader>,
     stderr: &mut Option<Reader>,
+    taken: &Taken,
     exit: &mut Exit,
 ) -> Result<ExitStatus, CodecError> {
     let (mut out, mut err) = (vec![0; DATA_CHUNK], vec![0; DATA_CHUNK]);
@@ -208,6 +249,8 @@ async fn output(
                 quiet_until = Instant::now() + GRACE;
                 continue;
             }
+            // Before output, of which there may be no end.
+            bytes = taken.next(), if status.is_none() => ExecOutput::StdinTaken(bytes),
             frame = either(stdout, stderr, &mut out, &mut err) => match frame {
                 Some(frame) => frame,
                 None => continue,

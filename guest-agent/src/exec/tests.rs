@@ -2,7 +2,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use dhow_protocol::codec::{self, DATA_CHUNK, DATA_LIMIT};
-use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus};
+use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus, STDIN_WINDOW};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -40,6 +40,8 @@ struct Host {
     reader: OwnedReadHalf,
     writer: OwnedWriteHalf,
     running: tokio::task::JoinHandle<()>,
+    /// Bytes of standard input that were passed on.
+    taken: usize,
 }
 
 /// All that a command said.
@@ -62,7 +64,7 @@ impl Host {
         let (agent, host): (_, UnixStream) = pair();
         let running = tokio::spawn(run(agent, prepared));
         let (reader, writer) = host.into_split();
-        Self { reader, writer, running }
+        Self { reader, writer, running, taken: 0 }
     }
 
     async fn send(&mut self, input: ExecInput) {
@@ -74,7 +76,14 @@ impl Host {
     }
 
     async fn receive(&mut self) -> Option<ExecOutput> {
-        within(codec::read_frame(&mut self.reader, DATA_LIMIT)).await.unwrap()
+        loop {
+            let output = within(codec::read_frame(&mut self.reader, DATA_LIMIT)).await.unwrap();
+            if let Some(ExecOutput::StdinTaken(bytes)) = output {
+                self.taken += bytes as usize;
+            } else {
+                return output;
+            }
+        }
     }
 
     /// Reads standard output until it contains `text`.
@@ -97,6 +106,7 @@ impl Host {
                 ExecOutput::Stdout(bytes) => stdout.extend(checked(bytes)),
                 ExecOutput::Stderr(bytes) => stderr.extend(checked(bytes)),
                 ExecOutput::Exited(status) => break status,
+                ExecOutput::StdinTaken(_) => unreachable!("read away"),
             }
         };
         assert_eq!(self.receive().await, None);
@@ -138,7 +148,7 @@ async fn much_of_both_directions_is_whole() {
     let input: Vec<u8> =
         (0..10_000_000u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
     let host = Host::start(shell("tee /dev/stderr")).await;
-    let Host { reader, mut writer, running } = host;
+    let Host { reader, mut writer, running, .. } = host;
     let send = async {
         for chunk in input.chunks(DATA_CHUNK) {
             let stdin = ExecInput::Stdin(chunk.to_vec());
@@ -154,6 +164,7 @@ async fn much_of_both_directions_is_whole() {
             match within(codec::read_frame(&mut reader, DATA_LIMIT)).await.unwrap().unwrap() {
                 ExecOutput::Stdout(bytes) => out.update(bytes),
                 ExecOutput::Stderr(bytes) => err.update(bytes),
+                ExecOutput::StdinTaken(_) => {}
                 ExecOutput::Exited(status) => break (status, out.finalize(), err.finalize()),
             }
         }
@@ -178,6 +189,46 @@ async fn a_command_that_does_not_read_is_no_obstacle() {
         }
     }
     assert_eq!(host.finish().await.status, ExitStatus::Code(3));
+}
+
+#[tokio::test]
+async fn input_that_was_passed_on_is_told_and_makes_room() {
+    let mut host = Host::start(command(&["wc", "-c"])).await;
+    let chunk = vec![b'x'; DATA_CHUNK];
+    let total = 3 * STDIN_WINDOW;
+    let mut sent = 0;
+    while host.taken < total {
+        while sent < total && sent + chunk.len() <= host.taken + STDIN_WINDOW {
+            host.send(ExecInput::Stdin(chunk.clone())).await;
+            sent += chunk.len();
+        }
+        match within(codec::read_frame(&mut host.reader, DATA_LIMIT)).await.unwrap() {
+            Some(ExecOutput::StdinTaken(bytes)) => host.taken += bytes as usize,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((sent, host.taken), (total, total));
+    host.send(ExecInput::StdinEnd).await;
+    assert_eq!(host.finish().await, said(&format!("{total}\n"), "", DONE));
+}
+
+#[tokio::test]
+async fn signals_and_the_hosts_end_pass_by_input_that_is_not_read() {
+    let fill = async |host: &mut Host| {
+        for _ in 0..STDIN_WINDOW / DATA_CHUNK {
+            host.send(ExecInput::Stdin(vec![0; DATA_CHUNK])).await;
+        }
+    };
+    let mut host = Host::start(command(&["sleep", "600"])).await;
+    fill(&mut host).await;
+    host.send(ExecInput::Signal(libc::SIGTERM)).await;
+    assert_eq!(host.finish().await.status, ExitStatus::Signal(libc::SIGTERM));
+
+    let mut host = Host::start(command(&["sleep", "600"])).await;
+    fill(&mut host).await;
+    let running = host.running;
+    drop((host.reader, host.writer));
+    within(running).await.unwrap();
 }
 
 #[tokio::test]
@@ -416,7 +467,7 @@ async fn a_host_that_leaves_hangs_its_command_up() {
         let start = if tty { on_tty(shell(&script)) } else { shell(&script) };
         let host = Host::start(start).await;
         until(&up, true).await;
-        let Host { reader, writer, running } = host;
+        let Host { reader, writer, running, .. } = host;
         drop((reader, writer));
         within(running).await.unwrap();
         assert!(hung_up.exists(), "tty: {tty}");

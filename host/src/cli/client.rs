@@ -1,17 +1,19 @@
 //! The command's side of the API: connect, ask, follow, each with a deadline and a reason when it passes.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, CodecError};
-use rustix::process::Pid;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::net::UnixStream;
 
 use super::diagnosis;
 use super::errors::{CommandError, invocation};
 use crate::api::{API_LIMIT, ApiReply, ApiRequest, StatusReport};
-use crate::config::{Paths, ProfileName};
+use crate::config::Paths;
 use crate::keeper;
+use crate::supervisor::has_ended;
 
 /// How long an answer may take. The supervisor itself waits up to 7 s for the guest's words.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -29,8 +31,7 @@ const LAST_BREATH: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    keeper: Option<Pid>,
-    profile: ProfileName,
+    paths: Paths,
     /// Whose silence a missing answer is.
     who: &'static str,
 }
@@ -65,12 +66,7 @@ pub async fn connect(paths: &Paths) -> Result<Option<Connection>, CommandError> 
 async fn try_connect(paths: &Paths) -> Result<Option<Connection>, CommandError> {
     let path = paths.api_socket();
     match UnixStream::connect(&path).await {
-        Ok(stream) => {
-            // Of a listening socket the kernel tells who made it listen: the keeper.
-            let keeper = stream.peer_cred().ok().and_then(|peer| Pid::from_raw(peer.pid()?));
-            let profile = paths.profile().clone();
-            Ok(Some(Connection { stream, keeper, profile, who: "the supervisor" }))
-        }
+        Ok(stream) => Ok(Some(Connection { stream, paths: paths.clone(), who: "the supervisor" })),
         // InvalidInput: a path too long for a socket; nobody can listen there.
         Err(error)
             if matches!(
@@ -118,13 +114,13 @@ pub async fn open(
     }
 }
 
-/// What the supervisor says of itself; `None` where there is none. With it, the keeper.
+/// What the supervisor says of itself; `None` where there is none.
 ///
 /// # Errors
 /// As [`Connection::reply`].
-pub async fn status(paths: &Paths) -> Result<Option<(StatusReport, Option<Pid>)>, CommandError> {
+pub async fn status(paths: &Paths) -> Result<Option<StatusReport>, CommandError> {
     match open(paths, &ApiRequest::Status, ANSWER_DEADLINE).await {
-        Ok((ApiReply::Status(report), connection)) => Ok(Some((*report, connection.keeper))),
+        Ok((ApiReply::Status(report), _)) => Ok(Some(*report)),
         Ok(_) => Err(CommandError::Kind),
         Err(CommandError::NotRunning(_)) => Ok(None),
         Err(error) => Err(error),
@@ -132,12 +128,6 @@ pub async fn status(paths: &Paths) -> Result<Option<(StatusReport, Option<Pid>)>
 }
 
 impl Connection {
-    /// The keeper's pid, where the kernel tells.
-    #[must_use]
-    pub fn keeper(&self) -> Option<Pid> {
-        self.keeper
-    }
-
     /// The stream itself, after `Opened`.
     #[must_use]
     pub fn into_stream(self) -> UnixStream {
@@ -196,18 +186,14 @@ impl Connection {
     }
 
     fn silent(&self, deadline: Duration) -> CommandError {
-        silence(self.who, deadline, self.keeper, &self.profile)
+        silence(self.who, deadline, &self.paths)
     }
 }
 
 /// A deadline that has passed, with the reason where it can be seen.
-fn silence(
-    who: &'static str,
-    deadline: Duration,
-    keeper: Option<Pid>,
-    profile: &ProfileName,
-) -> CommandError {
-    let halted = Paths::new(profile).map(|paths| diagnosis::halted(keeper, &paths)).unwrap_or_default();
+fn silence(who: &'static str, deadline: Duration, paths: &Paths) -> CommandError {
+    let profile = paths.profile();
+    let halted = diagnosis::halted(paths);
     let force = format!("`{} stop --force` ends it, as a power cut would", invocation(profile));
     let (reason, hint) = if halted.is_empty() {
         let logs = format!("`{} logs keeper` may say more", invocation(profile));
@@ -232,24 +218,24 @@ fn understand(read: Result<Option<ApiReply>, CodecError>) -> Result<ApiReply, Co
     }
 }
 
-/// Waits until a keeper that is ending has ended; whether it has by `deadline`.
-pub async fn keeper_ended(paths: &Paths, keeper: Option<Pid>, deadline: Duration) -> bool {
-    let pidfd =
-        keeper.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
-    // No pidfd: it has ended, or the kernel has told of no pid.
-    let ended = || pidfd.as_ref().is_none_or(crate::supervisor::has_ended);
-    let gone = || !paths.api_socket().exists();
-    let poll = async {
-        while !(gone() || pidfd.is_some() && ended()) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+/// Waits until a keeper that is ending has ended, and what it holds with it; whether it has by
+/// `deadline`.
+pub async fn keeper_ended(paths: &Paths, deadline: Duration) -> bool {
+    let processes: Vec<OwnedFd> = diagnosis::pids(paths)
+        .into_iter()
+        .filter_map(|pid| pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok())
+        .collect();
+    let closed = async {
+        while diagnosis::somebody_listens(paths) {
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
     };
-    if tokio::time::timeout(deadline, poll).await.is_err() {
+    if tokio::time::timeout(deadline, closed).await.is_err() {
         return false;
     }
     let exit = async {
-        while !ended() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        while !processes.iter().all(has_ended) {
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
     };
     let _ = tokio::time::timeout(LAST_BREATH, exit).await;

@@ -77,7 +77,7 @@ async fn entry(name: ProfileName) -> Result<Entry, CommandError> {
     };
     let mut resources = profile.map(|profile| (profile.cpus, profile.memory_mib, profile.disk_gib));
     let state = match client::status(&paths).await {
-        Ok(Some((report, _))) => {
+        Ok(Some(report)) => {
             if report.cpus > 0 {
                 resources = Some((report.cpus, report.memory_mib, report.disk_gib));
             }

@@ -1,20 +1,21 @@
 //! A command in the guest, seen from here: input, output, signals and the terminal, until it ends.
 //!
 //! ```text
-//! stdin ──thread──► queue ───► writer ──► stream ──► guest
-//! signals, sizes ──► urgent ──────┘ (overtake what is queued)
+//! stdin ──thread, window──► queue ───► writer ──► stream ──► guest
+//! signals, sizes ──────────► urgent ──────┘ (overtake what is queued)
 //! guest ──► stream ──► reader ──► stdout, stderr; the last frame is the exit status
 //! ```
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, DATA_CHUNK, DATA_LIMIT};
-use dhow_protocol::exec::{ExecInput, ExecOutput, ExecStart, ExitStatus};
+use dhow_protocol::exec::{ExecInput, ExecOutput, ExecStart, ExitStatus, STDIN_WINDOW};
 use rustix::event::{PollFd, PollFlags};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use super::client::{self, OPEN_DEADLINE};
 use super::errors::{CommandError, signal_status};
@@ -33,8 +34,6 @@ const OF_TERMINAL: [i32; 2] = [libc::SIGWINCH, libc::SIGTSTP];
 const PATIENCE: u32 = 3;
 /// An interactive shell ignores SIGTERM; after that long it is hung up.
 const TERMINAL_GRACE: Duration = Duration::from_secs(3);
-/// A signal that is not on its way after that long is stuck behind input which the command does not read.
-const STUCK: Duration = Duration::from_secs(2);
 /// Chunks of input on their way.
 const QUEUE: usize = 2;
 /// Signals and sizes on their way.
@@ -69,15 +68,16 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
     let (reader, writer) = connection.into_stream().into_split();
     let (input, queue) = mpsc::channel(QUEUE);
     let (urgent, urgent_queue) = mpsc::channel(URGENT);
+    let window = Arc::new(Window::new());
     if read_stdin {
-        std::thread::spawn(move || read_input(&input));
+        let window = Arc::clone(&window);
+        std::thread::spawn(move || read_input(&input, &window));
     } else {
         // The queue is empty: there is room.
         let _ = input.send(ExecInput::StdinEnd).await;
     }
     let writing = tokio::spawn(write_input(writer, queue, urgent_queue));
-    let mut reading = tokio::spawn(copy_output(reader));
-    let (stuck, mut is_stuck) = mpsc::channel(1);
+    let mut reading = tokio::spawn(copy_output(reader, window));
     let mut impatience = 0;
     let mut leave: Option<(tokio::time::Instant, i32)> = None;
     let ended = loop {
@@ -85,14 +85,13 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
         tokio::select! {
             ended = &mut reading => break ended.unwrap_or(Ended::Lost),
             () = at(deadline) => break Ended::Lost,
-            Some(signal) = is_stuck.recv() => leave = Some((tokio::time::Instant::now(), signal)),
             signal = signals.next() => {
                 if let Some(raw) = raw.as_ref().filter(|_| signal == libc::SIGTSTP) {
                     suspend(raw);
                 }
                 if OF_TERMINAL.contains(&signal) {
                     // Where there is no room the size is sent with the next change.
-                    let _ = urgent.try_send((ExecInput::Resize(terminal::size()), None));
+                    let _ = urgent.try_send(ExecInput::Resize(terminal::size()));
                     continue;
                 }
                 if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT) {
@@ -103,17 +102,8 @@ pub async fn run(paths: &Paths, start: ExecStart, read_stdin: bool) -> Result<u8
                 } else if with_terminal && matches!(signal, libc::SIGTERM | libc::SIGHUP) {
                     leave.get_or_insert((tokio::time::Instant::now() + TERMINAL_GRACE, signal));
                 }
-                let (written, is_written) = oneshot::channel();
-                // Where there is no room it is stuck, which `written` tells when it is dropped.
-                let _ = urgent.try_send((ExecInput::Signal(signal), Some(written)));
-                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGQUIT | libc::SIGHUP) {
-                    let stuck = stuck.clone();
-                    tokio::spawn(async move {
-                        if tokio::time::timeout(STUCK, is_written).await.is_err() {
-                            let _ = stuck.send(signal).await;
-                        }
-                    });
-                }
+                // Where there is no room nothing moves any more, and patience ends it.
+                let _ = urgent.try_send(ExecInput::Signal(signal));
             }
         }
     };
@@ -154,13 +144,46 @@ fn suspend(raw: &RawMode) {
     }
 }
 
+/// Bytes of standard input that the guest has room for: what is not read stays where it is.
+struct Window {
+    room: Mutex<usize>,
+    more: Condvar,
+}
+
+impl Window {
+    fn new() -> Self {
+        Self { room: Mutex::new(STDIN_WINDOW), more: Condvar::new() }
+    }
+
+    /// The guest has passed on so many bytes.
+    fn add(&self, bytes: usize) {
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        // It cannot pass on more than there was.
+        *room = room.saturating_add(bytes).min(STDIN_WINDOW);
+        self.more.notify_one();
+    }
+
+    /// Waits until there is room; how much.
+    fn wait(&self) -> usize {
+        let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.more.wait_while(room, |room| *room == 0).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// So many bytes are sent.
+    fn take(&self, bytes: usize) {
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner) -= bytes;
+    }
+}
+
 /// Reads standard input to its end; a thread, since a terminal's read cannot be given up.
-fn read_input(input: &mpsc::Sender<ExecInput>) {
+fn read_input(input: &mpsc::Sender<ExecInput>, window: &Window) {
     let stdin = io::stdin();
     let mut chunk = vec![0; DATA_CHUNK];
     loop {
-        match rustix::io::read(&stdin, &mut chunk) {
+        let room = window.wait().min(DATA_CHUNK);
+        match rustix::io::read(&stdin, &mut chunk[..room]) {
             Ok(length @ 1..) => {
+                window.take(length);
                 if input.blocking_send(ExecInput::Stdin(chunk[..length].to_vec())).is_err() {
                     return;
                 }
@@ -178,36 +201,29 @@ fn read_input(input: &mpsc::Sender<ExecInput>) {
     }
 }
 
-/// A frame that overtakes input, and who wants to know that it is on its way.
-type Urgent = (ExecInput, Option<oneshot::Sender<()>>);
-
 /// Sends what is queued, for as long as the guest takes it. The half is kept open until the end: the
 /// guest takes its closing for the user's leaving.
 async fn write_input(
     mut writer: OwnedWriteHalf,
     mut queue: mpsc::Receiver<ExecInput>,
-    mut urgent: mpsc::Receiver<Urgent>,
+    mut urgent: mpsc::Receiver<ExecInput>,
 ) {
     loop {
-        let (frame, written) = tokio::select! {
+        let frame = tokio::select! {
             biased;
-            Some(urgent) = urgent.recv() => urgent,
-            Some(frame) = queue.recv() => (frame, None),
+            Some(frame) = urgent.recv() => frame,
+            Some(frame) = queue.recv() => frame,
             else => break,
         };
         if codec::write_frame(&mut writer, &frame, DATA_LIMIT).await.is_err() {
             // The reader learns why.
             break;
         }
-        if let Some(written) = written {
-            // Nobody waits for it any more where it took too long.
-            let _ = written.send(());
-        }
     }
     std::future::pending::<()>().await;
 }
 
-async fn copy_output(mut reader: OwnedReadHalf) -> Ended {
+async fn copy_output(mut reader: OwnedReadHalf, window: Arc<Window>) -> Ended {
     loop {
         let frame = match codec::read_frame(&mut reader, DATA_LIMIT).await {
             Ok(Some(frame)) => frame,
@@ -222,6 +238,7 @@ async fn copy_output(mut reader: OwnedReadHalf) -> Ended {
             // As a local command would do, it goes on where nobody reads its complaints.
             ExecOutput::Stderr(bytes) => drop(write_blocking(2, bytes).await),
             ExecOutput::Exited(status) => return Ended::Exited(status),
+            ExecOutput::StdinTaken(bytes) => window.add(bytes as usize),
         }
     }
 }

@@ -127,7 +127,7 @@ pub async fn bring_up(paths: &Paths, profile: &Profile, changed: bool) -> Result
     loop {
         let (mut connection, ours) = match reach(paths, profile, deadline, &mut signals, &display).await? {
             Reached::Running(report) => return already_running(&report, profile, changed),
-            Reached::Starting { connection, ours } => (connection, ours),
+            Reached::Starting { connection, ours } => (*connection, ours),
         };
         if changed && !ours {
             display.notice("the VM was being started already; new settings hold after `dhow restart`");
@@ -158,7 +158,7 @@ enum Reached {
     /// A start to follow.
     Starting {
         /// Nothing was asked on it yet.
-        connection: Connection,
+        connection: Box<Connection>,
         /// This command has begun it.
         ours: bool,
     },
@@ -185,9 +185,11 @@ async fn reach(
             continue;
         };
         match client::status(paths).await {
-            Ok(Some((report, _))) => match report.state {
+            Ok(Some(report)) => match report.state {
                 VmState::Running | VmState::Degraded => return Ok(Reached::Running(Box::new(report))),
-                VmState::Starting => return Ok(Reached::Starting { connection, ours }),
+                VmState::Starting => {
+                    return Ok(Reached::Starting { connection: Box::new(connection), ours });
+                }
                 VmState::Stopping | VmState::Stopped => {}
             },
             Ok(None) | Err(CommandError::Gone) => {}
@@ -195,11 +197,10 @@ async fn reach(
         }
         // It is ending, or has ended just now.
         ours = false;
-        let keeper = connection.keeper();
         drop(connection);
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         // One that has only to exit is not worth a word.
-        if keeper_ended(paths, keeper, LOOK).await {
+        if keeper_ended(paths, LOOK).await {
             continue;
         }
         if !told_to_wait {
@@ -207,7 +208,7 @@ async fn reach(
             display.notice("the VM is being stopped; starting again when it is down");
         }
         tokio::select! {
-            ended = keeper_ended(paths, keeper, left) => if !ended {
+            ended = keeper_ended(paths, left) => if !ended {
                 return Err(CommandError::other(
                     format!("the VM is still being stopped after {} s", STOP_DEADLINE.as_secs()),
                     format!("`{} stop --force` ends it", invocation(paths.profile())),
@@ -265,7 +266,6 @@ async fn interrupted(
         return Err(CommandError::Interrupted(signal));
     }
     say("stopping the start …");
-    let keeper = connection.keeper();
     let ending = async {
         // The supervisor waits for somebody who reads why the start has failed: this connection.
         let told = async { while connection.next(paths).await.is_ok() {} };
@@ -277,7 +277,7 @@ async fn interrupted(
             Ok::<(), CommandError>(())
         };
         let (stopped, ()) = tokio::join!(stop, told);
-        keeper_ended(paths, keeper, INTERRUPT_DEADLINE).await && stopped.is_ok()
+        keeper_ended(paths, INTERRUPT_DEADLINE).await && stopped.is_ok()
     };
     // The listener stays; a second Ctrl-C is for this wait.
     let mut again = Signals::listen(&[libc::SIGINT, libc::SIGTERM])?;

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use dhow_protocol::control::{DaemonState, DaemonStatus, GuestInfo};
-use rustix::process::Pid;
 use serde::Serialize;
 
 use super::errors::CommandError;
@@ -103,7 +102,7 @@ pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
     let mut document = Document::of_profile(paths);
     let mut hint = None;
     match client::status(paths).await {
-        Ok(Some((report, keeper))) => document.add_report(report, keeper, paths),
+        Ok(Some(report)) => document.add_report(report, paths),
         // It has ended while it was asked.
         Ok(None) | Err(CommandError::Gone) => {
             document.problem = document.problem.or_else(|| crate::supervisor::last_end(paths))
@@ -153,7 +152,7 @@ impl Document {
     }
 
     /// What the supervisor says: of a VM that runs.
-    fn add_report(&mut self, report: StatusReport, keeper: Option<Pid>, paths: &Paths) {
+    fn add_report(&mut self, report: StatusReport, paths: &Paths) {
         self.state = state_name(report.state);
         // What it has not learnt yet is empty or 0.
         self.acceleration = Some(report.acceleration).filter(|name| !name.is_empty());
@@ -164,16 +163,15 @@ impl Document {
             self.disk_gib = Some(report.disk_gib);
         }
         self.docker_socket = report.docker_socket;
-        let halted = diagnosis::halted(keeper, paths);
+        let halted = diagnosis::halted(paths);
         let problem = report.problem.unwrap_or_default();
         let mut problems = vec![problem.clone()];
         // The supervisor may have seen it, too.
         problems.extend(halted.iter().map(diagnosis::Halted::problem).filter(|seen| !problem.contains(seen)));
         problems.retain(|problem| !problem.is_empty());
         self.problem = (!problems.is_empty()).then(|| problems.join("; "));
-        let keeper = keeper.map(|pid| ("keeper".to_owned(), pid.as_raw_nonzero().get()));
-        self.processes =
-            keeper.into_iter().chain(report.processes).map(|(name, pid)| Process { name, pid }).collect();
+        let keeper = diagnosis::keepers(paths).into_iter().map(|pid| ("keeper".to_owned(), pid));
+        self.processes = keeper.chain(report.processes).map(|(name, pid)| Process { name, pid }).collect();
         // The guest's own words are newer than the events that were counted.
         let daemons = report.guest.as_ref().map(|guest| guest.daemons.clone()).unwrap_or(report.daemons);
         self.daemons = daemons.into_iter().map(Daemon::from).collect();

@@ -1,21 +1,26 @@
 //! `dhow stop`: the guest's power-off, and the end of everything on the host.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::client::{self, Connection, keeper_ended};
 use super::diagnosis;
 use super::errors::{CommandError, invocation};
-use super::output::print;
+use super::output::{escape, print, say};
 use super::progress::Display;
 use crate::api::{ApiReply, ApiRequest};
 use crate::config::Paths;
+use crate::docker;
+use crate::supervisor::{self, Record, has_ended};
 
 /// How long the host's processes may take to end, once the VM is down.
 const END_DEADLINE: Duration = Duration::from_secs(15);
-/// How long a keeper may take to end its children and itself: it gives them 5 s, twice.
-const KEEPER_DEADLINE: Duration = Duration::from_secs(12);
+/// How long the kernel may take to end what was killed.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// Between two looks whether it has.
+const LOOK: Duration = Duration::from_millis(10);
 
 const EXAMPLES: &str = "\
 Containers are stopped, the guest writes back and powers off; images, volumes and settings stay.
@@ -54,18 +59,17 @@ pub async fn take_down(paths: &Paths, force: bool) -> Result<bool, CommandError>
     let Some(mut connection) = client::connect(paths).await? else {
         return Ok(false);
     };
-    let keeper = connection.keeper();
     match ask(&mut connection, paths, force).await {
         // A connection that ends: it was ending already.
         Ok(()) | Err(CommandError::Gone) => {}
-        Err(CommandError::Silent { .. }) if force => return kill(paths, keeper).await,
+        Err(CommandError::Silent { .. }) if force => return kill(paths).await,
         Err(error) => return Err(error),
     }
-    if keeper_ended(paths, keeper, END_DEADLINE).await {
+    if keeper_ended(paths, END_DEADLINE).await {
         return Ok(true);
     }
     if force {
-        return kill(paths, keeper).await;
+        return kill(paths).await;
     }
     Err(still_there(paths, END_DEADLINE))
 }
@@ -82,34 +86,56 @@ async fn ask(connection: &mut Connection, paths: &Paths, force: bool) -> Result<
     }
 }
 
-/// The way that needs nobody's answer: the keeper ends its children, whatever state they are in.
-async fn kill(paths: &Paths, keeper: Option<Pid>) -> Result<bool, CommandError> {
-    let open = |pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
-    let pidfd = keeper.and_then(open).ok_or(CommandError::Gone)?;
-    // The keeper may be stopped itself, and a child of its that is would only keep SIGTERM pending.
-    // They are looked for before: what the keeper leaves behind is no child of its any more.
-    let halted: Vec<_> = diagnosis::halted(keeper, paths)
-        .iter()
-        .filter_map(|process| open(Pid::from_raw(process.pid)?))
-        .collect();
-    // Not SIGTERM, after which it would wait for its supervisor.
-    // ESRCH, here and below: it has ended, which is what is wanted.
-    let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::INT);
-    for process in halted {
-        let _ = rustix::process::pidfd_send_signal(process, Signal::CONT);
+/// The way that needs nobody's answer: whatever state they are in, all processes of the profile end.
+async fn kill(paths: &Paths) -> Result<bool, CommandError> {
+    let open = |pid: &i32| pidfd_open(Pid::from_raw(*pid)?, PidfdFlags::empty()).ok();
+    let keeper_pids = diagnosis::keepers(paths);
+    let keepers: Vec<OwnedFd> = keeper_pids.iter().filter_map(open).collect();
+    // A stopped keeper starts no new supervisor. It is killed last: a supervisor that sees its keeper go
+    // takes its place.
+    signal(&keepers, Signal::STOP);
+    let others: Vec<OwnedFd> =
+        diagnosis::pids(paths).iter().filter(|pid| !keeper_pids.contains(pid)).filter_map(open).collect();
+    signal(&others, Signal::KILL);
+    signal(&keepers, Signal::KILL);
+    let ended = async {
+        while !others.iter().chain(&keepers).all(has_ended) {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    if tokio::time::timeout(KILL_DEADLINE, ended).await.is_err() {
+        return Err(still_there(paths, KILL_DEADLINE));
     }
-    if keeper_ended(paths, keeper, KEEPER_DEADLINE).await {
-        return Ok(true);
+    // What the supervisor and the keeper would have done at their end.
+    for notice in docker::deactivate(paths.profile().as_str(), &supervisor::context_file(paths)).await {
+        say(&format!("notice: {}", escape(&notice)));
     }
-    Err(still_there(paths, KEEPER_DEADLINE))
+    Record::remove(paths);
+    let sockets =
+        [paths.api_socket(), paths.docker_socket(), paths.device_socket(), paths.device_control_socket()];
+    for socket in sockets {
+        // A new keeper replaces one that is still there.
+        let _ = std::fs::remove_file(socket);
+    }
+    Ok(true)
+}
+
+fn signal(processes: &[OwnedFd], signal: Signal) {
+    for process in processes {
+        // ESRCH: it has ended, which is what is wanted.
+        let _ = pidfd_send_signal(process, signal);
+    }
 }
 
 fn still_there(paths: &Paths, deadline: Duration) -> CommandError {
+    let reasons: Vec<String> =
+        diagnosis::halted(paths).iter().map(|halted| format!(": {}", halted.problem())).collect();
     CommandError::other(
         format!(
-            "the VM is down, but processes of profile {} are left after {} s",
+            "the VM is down, but processes of profile {} are left after {} s{}",
             paths.profile(),
-            deadline.as_secs()
+            deadline.as_secs(),
+            reasons.concat()
         ),
         format!("`{} stop --force` ends them", invocation(paths.profile())),
     )

@@ -45,7 +45,7 @@ struct Document {
 /// As [`CommandError`] says.
 pub async fn run(args: Args, paths: &Paths) -> Result<u8, CommandError> {
     // This command's own version is known, whatever is wrong with the VM.
-    let guest = client::status(paths).await.ok().flatten().and_then(|(report, _)| report.guest);
+    let guest = client::status(paths).await.ok().flatten().and_then(|report| report.guest);
     let docker = match &guest {
         Some(_) => {
             tokio::time::timeout(DOCKER_DEADLINE, docker_version(&paths.docker_socket())).await.ok().flatten()

@@ -297,7 +297,7 @@ impl Engine {
             format!(
                 "{} (its log ends: {})",
                 daemon.name,
-                Log::new(self.library.store.log(&daemon.name)).end()
+                Log::new(self.library.store.log(&daemon.name)).end_since(0)
             )
         });
         told.collect::<Vec<_>>().join(" and ")

@@ -5,7 +5,7 @@
 //! before anything is allocated; bytes after the value are an error; end of file inside a frame is
 //! an error, between frames it is the end.
 
-use bincode::{Decode, Encode};
+use bincode::{BorrowDecode, Decode, Encode};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Limit of a control frame's body, in bytes.
@@ -69,21 +69,48 @@ pub fn from_bytes<T: Decode<()>>(bytes: &[u8]) -> Result<T, CodecError> {
     }
 }
 
+/// The value that `bytes` hold, all of them, which may borrow from them.
+///
+/// # Errors
+/// As [`from_bytes`].
+pub fn borrow_from_bytes<'a, T: BorrowDecode<'a, ()>>(bytes: &'a [u8]) -> Result<T, CodecError> {
+    let config = bincode::config::standard().with_limit::<DECODE_LIMIT>();
+    let (value, used) = bincode::borrow_decode_from_slice(bytes, config).map_err(CodecError::Decode)?;
+    match bytes.len() - used {
+        0 => Ok(value),
+        left => Err(CodecError::Trailing(left)),
+    }
+}
+
 /// `value` as a frame: length and body.
 ///
 /// # Errors
 /// [`CodecError::TooLong`] when the body is above `limit`: the peer would refuse it.
 pub fn to_frame<T: Encode>(value: &T, limit: usize) -> Result<Vec<u8>, CodecError> {
-    let mut frame = vec![0; 4];
-    bincode::encode_into_std_write(value, &mut frame, bincode::config::standard())
-        .map_err(CodecError::Encode)?;
-    let body = frame.len() - 4;
-    if body > limit {
-        return Err(CodecError::TooLong { got: body, limit });
-    }
-    let length = u32::try_from(body).map_err(|_| CodecError::TooLong { got: body, limit })?;
-    frame[..4].copy_from_slice(&length.to_le_bytes());
+    let mut frame = Vec::new();
+    append_frame(&mut frame, value, limit)?;
     Ok(frame)
+}
+
+/// Appends `value` as a frame to `frames`, which stay as they were when there is an error.
+///
+/// # Errors
+/// As [`to_frame`].
+pub fn append_frame<T: Encode>(frames: &mut Vec<u8>, value: &T, limit: usize) -> Result<(), CodecError> {
+    let begin = frames.len();
+    frames.extend_from_slice(&[0; 4]);
+    let encoded = bincode::encode_into_std_write(value, frames, bincode::config::standard());
+    let body = frames.len() - begin - 4;
+    let length = match (encoded, u32::try_from(body)) {
+        (Err(error), _) => Err(CodecError::Encode(error)),
+        (Ok(_), Ok(length)) if body <= limit => Ok(length),
+        _ => Err(CodecError::TooLong { got: body, limit }),
+    };
+    match length {
+        Ok(length) => frames[begin..begin + 4].copy_from_slice(&length.to_le_bytes()),
+        Err(_) => frames.truncate(begin),
+    }
+    length.map(drop)
 }
 
 /// The body length that a frame's first four bytes announce.
@@ -173,7 +200,11 @@ mod tests {
     async fn a_frame_above_the_limit_is_refused_on_both_sides() {
         let value = vec![0u8; 100];
         assert!(matches!(to_frame(&value, 50), Err(CodecError::TooLong { limit: 50, .. })));
-        let frame = to_frame(&value, 200).unwrap();
+        let mut frame = vec![7];
+        assert!(append_frame(&mut frame, &value, 50).is_err());
+        assert_eq!(frame, [7]);
+        frame.clear();
+        append_frame(&mut frame, &value, 200).unwrap();
         let mut reader = &frame[..];
         let result = read_frame::<Vec<u8>, _>(&mut reader, 50).await;
         assert!(matches!(result, Err(CodecError::TooLong { got: 101, limit: 50 })));

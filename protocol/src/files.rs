@@ -21,10 +21,12 @@
 //! To add an operation: append it to [`FileOp`] (the position is its number on the wire), its answer
 //! to [`FileAnswer`], give it a golden test below, and announce it by a feature bit of the hello.
 
+mod borrowed;
 mod name;
 
 use bincode::{Decode, Encode};
 
+pub use borrowed::{DataReply, WriteRequest};
 pub use name::{LinkTarget, Name, NameError};
 
 /// Most bytes of one read or write.

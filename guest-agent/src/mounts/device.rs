@@ -81,7 +81,7 @@ impl Device {
 
     /// Answers a request; false when the kernel does not wait for it any more, so that what the
     /// answer gave is not taken.
-    pub fn answer(&self, answer: &Answer) -> bool {
+    pub fn answer(&self, answer: &Answer<'_>) -> bool {
         let header = uapi::out_header(answer.body.len(), -answer.error, answer.unique);
         match self.write(&[IoSlice::new(&header), IoSlice::new(&answer.body)]) {
             Ok(()) => true,

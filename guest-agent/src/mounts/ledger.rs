@@ -13,15 +13,19 @@
 //! that very moment cannot be told apart. An exchange would undo itself, so it is not asked again:
 //! EIO. Reads, writes and attributes can be repeated as they are.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
-use dhow_protocol::files::{Errno, FileAnswer, FileOp, FileReply, FileRequest, NodeId};
+use dhow_protocol::files::{
+    DataReply, Errno, FileAnswer, FileOp, FileReply, FileRequest, NodeId, RenameMode, WriteRequest,
+};
 
 use super::answer;
 use super::known::Known;
 use super::listings::{Listings, Part};
 use super::request::{self, Asked, Change, Expect, Listing, Origin};
+use super::stream::Reply;
 use super::uapi::{InHeader, InitIn, UNIQUE_RESEND};
 
 /// Nodes of one `Restore`: with the longest names they fit a frame.
@@ -31,35 +35,37 @@ const FORGOTTEN_AT_ONCE: usize = 30_000;
 
 /// An answer for the kernel.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct Answer<'a> {
     /// The request's number as it was last read.
     pub unique: u64,
     /// 0, or an errno (positive).
     pub error: i32,
     /// What follows the header.
-    pub body: Vec<u8>,
+    pub body: Cow<'a, [u8]>,
     /// References that the kernel gets by it, one to each.
     pub given: Vec<NodeId>,
 }
 
-impl Answer {
+impl Answer<'_> {
     /// An answer that gives no references.
     pub fn new(unique: u64, body: Result<Vec<u8>, i32>) -> Self {
         let (error, body) = match body {
             Ok(body) => (0, body),
             Err(error) => (error, Vec::new()),
         };
-        Self { unique, error, body, given: Vec::new() }
+        Self { unique, error, body: Cow::Owned(body), given: Vec::new() }
     }
 }
 
 /// What a request of the kernel comes to.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum Step<'a> {
     /// It goes to the host.
     Ask(FileRequest),
+    /// It goes to the host.
+    Write(WriteRequest<'a>),
     /// It is answered here.
-    Tell(Answer),
+    Tell(Answer<'static>),
     /// The mount begins; answered with this number.
     Init(u64, InitIn),
     /// Nothing: unreadable. The kernel never sends such.
@@ -68,9 +74,9 @@ pub enum Step {
 
 /// What a reply of the host comes to.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum Next<'a> {
     /// The kernel's answer.
-    Tell(Answer),
+    Tell(Answer<'a>),
     /// A second look at the host.
     Ask(FileRequest),
 }
@@ -88,6 +94,17 @@ struct Pending {
     doubt: bool,
     /// This error is being looked at again.
     second: Option<i32>,
+}
+
+impl Pending {
+    fn new(raw: u64, expect: Expect, touched: [Option<NodeId>; 2]) -> Self {
+        Self { raw, expect, touched, asked_at: 0, doubt: false, second: None }
+    }
+
+    /// The request's number on the wire: the same when it is asked again.
+    fn unique(&self) -> u64 {
+        self.raw & !UNIQUE_RESEND
+    }
 }
 
 /// See the module's page.
@@ -115,10 +132,16 @@ impl Ledger {
     }
 
     /// Takes a request of the kernel.
-    pub fn request(&mut self, bytes: &[u8]) -> Step {
+    pub fn request<'a>(&mut self, bytes: &'a [u8]) -> Step<'a> {
         let Ok((header, body)) = InHeader::split(bytes) else { return Step::Nothing };
         match request::read(&header, body) {
             Asked::Host(op, expect) => self.ask(header.unique, op, expect),
+            Asked::Write(node, offset, data) => {
+                let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
+                let pending = Pending::new(header.unique, Expect::Written(size), [Some(node), None]);
+                let (unique, _) = self.note(pending);
+                Step::Write(WriteRequest::new(unique, node, offset, data))
+            }
             Asked::Forget(nodes) => {
                 nodes.iter().for_each(|(node, count)| self.known.forgotten(*node, *count));
                 Step::Ask(FileRequest { unique: 0, op: FileOp::Forget(nodes) })
@@ -129,29 +152,43 @@ impl Ledger {
         }
     }
 
-    fn ask(&mut self, raw: u64, op: FileOp, expect: Expect) -> Step {
-        let unique = raw & !UNIQUE_RESEND;
-        self.open.remove(&unique);
-        let unseen = self.adopted && self.new_server && raw & UNIQUE_RESEND != 0;
-        let doubt = unseen || self.doubtful.contains(&unique);
-        if doubt && matches!(expect, Expect::Done(Change::Exchanged(..))) {
+    fn ask(&mut self, raw: u64, op: FileOp, expect: Expect) -> Step<'static> {
+        let mut pending = Pending::new(raw, expect, touched(&op));
+        if let Expect::Entries(listing) = &pending.expect {
+            if let Some(part) = self.listings.take(listing, Instant::now()) {
+                self.open.remove(&pending.unique());
+                return Step::Tell(self.deal(raw, listing, part));
+            }
+            pending.asked_at = self.listings.ask();
+        }
+        let (unique, doubt) = self.note(pending);
+        if doubt && matches!(op, FileOp::Rename { mode: RenameMode::Exchange, .. }) {
+            self.asked.remove(&unique);
             self.doubtful.remove(&unique);
             return Step::Tell(Answer::new(raw, Err(libc::EIO)));
         }
-        let mut asked_at = 0;
-        if let Expect::Entries(listing) = &expect {
-            if let Some(part) = self.listings.take(listing, Instant::now()) {
-                return Step::Tell(self.deal(raw, listing, part));
-            }
-            asked_at = self.listings.ask();
-        }
-        let touched = touched(&op);
-        self.asked.insert(unique, Pending { raw, expect, touched, asked_at, doubt, second: None });
         Step::Ask(FileRequest { unique, op })
     }
 
+    /// Notes that a request goes to the host; its number there, and whether it may have been done.
+    fn note(&mut self, pending: Pending) -> (u64, bool) {
+        let unique = pending.unique();
+        self.open.remove(&unique);
+        let unseen = self.adopted && self.new_server && pending.raw & UNIQUE_RESEND != 0;
+        let doubt = unseen || self.doubtful.contains(&unique);
+        self.asked.insert(unique, Pending { doubt, ..pending });
+        (unique, doubt)
+    }
+
     /// Takes a reply of the host. One that nobody waits for is dropped.
-    pub fn reply(&mut self, reply: FileReply) -> Option<Next> {
+    pub fn reply<'a>(&mut self, reply: Reply<'a>) -> Option<Next<'a>> {
+        let reply = match reply {
+            Reply::Data(reply) => match self.data(reply) {
+                Some(answer) => return Some(Next::Tell(answer)),
+                None => FileReply::from(Reply::Data(reply)),
+            },
+            Reply::Other(reply) => reply,
+        };
         let pending = self.asked.remove(&reply.unique)?;
         let told = match (pending.second, reply.result) {
             (Some(error), result) => self.looked_again(&pending, error, result),
@@ -169,7 +206,20 @@ impl Ledger {
         Some(Next::Tell(told))
     }
 
-    fn failed(&mut self, pending: &Pending, error: i32) -> Answer {
+    /// The bytes that were asked for, as they came.
+    fn data<'a>(&mut self, reply: DataReply<'a>) -> Option<Answer<'a>> {
+        let pending = self.asked.get(&reply.unique)?;
+        let fits = matches!(pending.expect, Expect::Data(size) if reply.data.len() as u64 <= u64::from(size));
+        if !fits {
+            return None;
+        }
+        let raw = pending.raw;
+        self.asked.remove(&reply.unique);
+        self.doubtful.remove(&reply.unique);
+        Some(Answer { body: Cow::Borrowed(reply.data), ..Answer::new(raw, Ok(Vec::new())) })
+    }
+
+    fn failed(&mut self, pending: &Pending, error: i32) -> Answer<'static> {
         if let Expect::Entries(_) = pending.expect {
             self.listings.answered(pending.asked_at, Vec::new());
         }
@@ -179,7 +229,12 @@ impl Ledger {
     }
 
     /// What was asked after a doubtful error.
-    fn looked_again(&mut self, pending: &Pending, error: i32, result: Result<FileAnswer, Errno>) -> Answer {
+    fn looked_again(
+        &mut self,
+        pending: &Pending,
+        error: i32,
+        result: Result<FileAnswer, Errno>,
+    ) -> Answer<'static> {
         let Ok(FileAnswer::Entry(found)) = result else { return self.failed(pending, error) };
         let is_it = match &pending.expect {
             Expect::Entry(_, _, Origin::Made(kind)) => found.kind == *kind,
@@ -197,7 +252,7 @@ impl Ledger {
     }
 
     /// Makes the kernel's answer of the host's, and keeps the tables right.
-    fn take(&mut self, pending: &Pending, from_host: FileAnswer) -> Answer {
+    fn take(&mut self, pending: &Pending, from_host: FileAnswer) -> Answer<'static> {
         match (&pending.expect, from_host) {
             (Expect::Entry(folder, name, origin), FileAnswer::Entry(found)) => {
                 let wrong = matches!(origin, Origin::Linked(node) if found.node != *node);
@@ -241,7 +296,7 @@ impl Ledger {
     }
 
     /// Gives the kernel what it has room for, and keeps the rest for its next request.
-    fn deal(&mut self, raw: u64, listing: &Listing, mut part: Part) -> Answer {
+    fn deal(&mut self, raw: u64, listing: &Listing, mut part: Part) -> Answer<'static> {
         let parent = self.known.folder_of(listing.node).unwrap_or(listing.node);
         let age = part.since.elapsed();
         let nodes = |part: Part| part.entries.into_iter().map(|waiting| waiting.entry.attributes.node);
@@ -337,7 +392,7 @@ fn second_look(pending: &Pending, error: i32) -> Look {
 /// Nodes whose attributes an operation changes, and the kernel knows that it does.
 fn touched(op: &FileOp) -> [Option<NodeId>; 2] {
     match op {
-        FileOp::SetAttributes(node, _) | FileOp::Write { node, .. } => [Some(*node), None],
+        FileOp::SetAttributes(node, _) => [Some(*node), None],
         FileOp::CreateFile(folder, ..)
         | FileOp::CreateFifo(folder, ..)
         | FileOp::CreateFolder(folder, ..)

@@ -14,6 +14,8 @@ use super::uapi::{InitIn, InitOut, MAJOR, init};
 
 /// Frames are gathered up to so many bytes before they are sent.
 const GATHER: usize = 256 << 10;
+/// Requests that are read before replies are looked at.
+const TURNS: u32 = 64;
 /// Asynchronous requests (read-ahead) that the kernel has open at once.
 const MAX_BACKGROUND: u16 = 64;
 /// Bytes that the kernel reads ahead.
@@ -69,16 +71,24 @@ async fn requests(
 ) -> Result<Ended, StreamError> {
     let mut buffer = vec![0; BUFFER];
     let mut frames = Vec::new();
+    let mut turns = 0;
     loop {
+        turns += 1;
+        if turns == TURNS {
+            turns = 0;
+            // Requests that are answered here come without a wait; replies must have their turn.
+            tokio::task::yield_now().await;
+        }
         while let Ok(request) = also.try_recv() {
-            frames.extend(codec::to_frame(&request, FILE_LIMIT)?);
+            codec::append_frame(&mut frames, &request, FILE_LIMIT)?;
         }
         let read = device.read(&mut buffer)?;
         match read {
             Read::Request(length) => {
                 let step = share.ledger().request(&buffer[..length]);
                 match step {
-                    Step::Ask(request) => frames.extend(codec::to_frame(&request, FILE_LIMIT)?),
+                    Step::Ask(request) => codec::append_frame(&mut frames, &request, FILE_LIMIT)?,
+                    Step::Write(write) => codec::append_frame(&mut frames, &write, FILE_LIMIT)?,
                     Step::Tell(answer) => tell(share, device, answer),
                     Step::Init(unique, asked) => begin(share, device, unique, &asked),
                     Step::Nothing => tracing::warn!(length, "unreadable request of the kernel"),
@@ -88,7 +98,7 @@ async fn requests(
             Read::Nothing if frames.is_empty() => {
                 tokio::select! {
                     readable = device.readable() => readable?,
-                    Some(request) = also.recv() => frames.extend(codec::to_frame(&request, FILE_LIMIT)?),
+                    Some(request) = also.recv() => codec::append_frame(&mut frames, &request, FILE_LIMIT)?,
                 }
             }
             Read::Nothing => {}
@@ -96,7 +106,7 @@ async fn requests(
         if frames.len() >= GATHER || (read == Read::Nothing && !frames.is_empty()) {
             let owed = share.ledger().owed();
             if let Some(owed) = owed {
-                frames.extend(codec::to_frame(&owed, FILE_LIMIT)?);
+                codec::append_frame(&mut frames, &owed, FILE_LIMIT)?;
             }
             stream.send(&frames).await?;
             frames.clear();
@@ -123,7 +133,7 @@ async fn answers(
     Ok(Ended::Stream)
 }
 
-fn tell(share: &Share, device: &Device, answer: Answer) {
+fn tell(share: &Share, device: &Device, answer: Answer<'_>) {
     if !device.answer(&answer) {
         share.ledger().not_taken(answer.given);
     }
@@ -137,23 +147,22 @@ fn begin(share: &Share, device: &Device, unique: u64, asked: &InitIn) {
         _ => Some("the guest's kernel speaks another FUSE protocol"),
     };
     let flags = asked.flags & WANTED;
-    let body = match refusal {
-        Some(_) => Err(libc::EPROTO),
+    let out = InitOut {
+        max_readahead: asked.max_readahead.max(MAX_READAHEAD),
+        flags,
+        max_background: MAX_BACKGROUND,
+        congestion_threshold: MAX_BACKGROUND / 4 * 3,
+        max_write: MAX_IO as u32,
+        max_pages: (MAX_IO / 4096) as u16,
+    };
+    let (body, result) = match refusal {
+        Some(refusal) => (Err(libc::EPROTO), Err(refusal.to_owned())),
         None => {
-            let out = InitOut {
-                max_readahead: asked.max_readahead.max(MAX_READAHEAD),
-                flags,
-                max_background: MAX_BACKGROUND,
-                congestion_threshold: MAX_BACKGROUND / 4 * 3,
-                max_write: MAX_IO as u32,
-                max_pages: (MAX_IO / 4096) as u16,
-            };
-            Ok(out.to_bytes())
+            // Before the answer: a new worker can answer once more, but must know that it may.
+            share.negotiated((asked.minor, flags));
+            (Ok(out.to_bytes()), Ok(()))
         }
     };
     device.answer(&Answer::new(unique, body));
-    share.negotiated(match refusal {
-        Some(refusal) => Err(refusal.to_owned()),
-        None => Ok((asked.minor, flags)),
-    });
+    share.begun(result);
 }

@@ -18,9 +18,11 @@ const LISTED_AT_ONCE: u32 = 512;
 
 /// What a request comes to.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum Asked<'a> {
     /// The host knows; how its answer becomes the kernel's.
     Host(FileOp, Expect),
+    /// A write: node, offset and bytes, which are not copied here.
+    Write(NodeId, u64, &'a [u8]),
     /// References given back. No answer.
     Forget(Vec<(NodeId, u64)>),
     /// The first request of a mount.
@@ -90,7 +92,7 @@ pub enum Change {
 }
 
 /// Reads a request. `body` is what follows its header.
-pub fn read(header: &InHeader, body: &[u8]) -> Asked {
+pub fn read<'a>(header: &InHeader, body: &'a [u8]) -> Asked<'a> {
     parse(header, body).unwrap_or_else(|error| match error {
         Bad::Short => Asked::Refused(libc::EIO),
         Bad::Name(NameError::TooLong { .. }) => Asked::Refused(libc::ENAMETOOLONG),
@@ -115,7 +117,7 @@ impl From<NameError> for Bad {
     }
 }
 
-fn parse(header: &InHeader, body: &[u8]) -> Result<Asked, Bad> {
+fn parse<'a>(header: &InHeader, body: &'a [u8]) -> Result<Asked<'a>, Bad> {
     let node = NodeId(header.node);
     let mut fields = Fields::new(body);
     let new = |mode| Creation { mode: mode & 0o7777, uid: header.uid, gid: header.gid };
@@ -198,8 +200,7 @@ fn parse(header: &InHeader, body: &[u8]) -> Result<Asked, Bad> {
             let (offset, size) = (fields.u64()?, fields.u32()?);
             // write_flags, lock_owner, flags, padding.
             fields.skip(20)?;
-            let data = fields.bytes(usize::try_from(size).map_err(|_| Short)?)?.to_vec();
-            Asked::Host(FileOp::Write { node, offset, data }, Expect::Written(size))
+            Asked::Write(node, offset, fields.bytes(usize::try_from(size).map_err(|_| Short)?)?)
         }
         opcode::FSYNC | opcode::FSYNCDIR => {
             fields.skip(8)?;
@@ -226,7 +227,7 @@ fn parse(header: &InHeader, body: &[u8]) -> Result<Asked, Bad> {
     })
 }
 
-fn rename(from: NodeId, to: NodeId, flags: u32, fields: &mut Fields<'_>) -> Result<Asked, Bad> {
+fn rename<'a>(from: NodeId, to: NodeId, flags: u32, fields: &mut Fields<'a>) -> Result<Asked<'a>, Bad> {
     let mode = match flags {
         0 => RenameMode::Replace,
         libc::RENAME_NOREPLACE => RenameMode::NoReplace,

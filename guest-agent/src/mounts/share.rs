@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use dhow_protocol::codec::{self, CodecError, FILE_LIMIT};
 use dhow_protocol::control::MountRequest;
-use dhow_protocol::files::{FileAnswer, FileOp, FileRequest};
+use dhow_protocol::files::{FileAnswer, FileOp, FileReply, FileRequest};
 use tokio::sync::watch;
 
 use super::device::Device;
@@ -57,7 +57,7 @@ pub struct Share {
     /// Names the mount to the file server.
     pub mount: [u8; 16],
     /// Held while it is being mounted or unmounted.
-    pub changing: tokio::sync::Mutex<()>,
+    pub changing: Arc<tokio::sync::Mutex<()>>,
     over: AtomicBool,
     ledger: Mutex<Ledger>,
     mounted: Mutex<Option<Mounted>>,
@@ -94,7 +94,7 @@ impl Share {
         Self {
             number,
             mount,
-            changing: tokio::sync::Mutex::new(()),
+            changing: Arc::default(),
             over: AtomicBool::new(false),
             ledger: Mutex::new(ledger),
             mounted: Mutex::new(mounted),
@@ -159,15 +159,19 @@ impl Share {
         lock(&self.ledger)
     }
 
-    /// INIT was answered so; a new worker must know it.
-    pub fn negotiated(&self, result: Result<Negotiated, String>) {
-        if let (Ok(negotiated), Some(mounted)) = (&result, lock(&self.mounted).as_mut()) {
-            mounted.state.negotiated = Some(*negotiated);
+    /// INIT will be answered so; a new worker must know it.
+    pub fn negotiated(&self, negotiated: Negotiated) {
+        if let Some(mounted) = lock(&self.mounted).as_mut() {
+            mounted.state.negotiated = Some(negotiated);
             if let Err(error) = mounted.file.write(&mounted.state) {
                 tracing::error!(%error, "a mount's state could not be kept for a new worker");
             }
         }
-        self.begun.send_replace(Some(result.map(drop)));
+    }
+
+    /// INIT was answered: the mount works, or why not.
+    pub fn begun(&self, result: Result<(), String>) {
+        self.begun.send_replace(Some(result));
     }
 
     /// Serves a stream until it ends, or a newer one replaces it, or the mount is gone.
@@ -258,7 +262,7 @@ async fn handshake(
     let frame = codec::to_frame(&FileRequest { unique: 0, op }, FILE_LIMIT)?;
     let answered = async {
         stream.send(&frame).await?;
-        replies.next(stream).await.map_err(StreamError::from)
+        Ok::<_, StreamError>(replies.next(stream).await?.map(FileReply::from))
     };
     match tokio::time::timeout(ATTACH_DEADLINE, answered).await {
         Ok(Ok(Some(reply))) => Ok(reply.result),

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, CodecError, FILE_LIMIT};
-use dhow_protocol::files::FileReply;
+use dhow_protocol::files::{DataReply, FileAnswer, FileReply};
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -68,6 +68,26 @@ impl Stream {
     }
 }
 
+/// A reply; the bytes of a file are not copied.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Reply<'a> {
+    /// Bytes of a file.
+    Data(DataReply<'a>),
+    /// Anything else.
+    Other(FileReply),
+}
+
+impl From<Reply<'_>> for FileReply {
+    fn from(reply: Reply<'_>) -> Self {
+        match reply {
+            Reply::Data(DataReply { unique, data }) => {
+                Self { unique, result: Ok(FileAnswer::Data(data.to_vec())) }
+            }
+            Reply::Other(reply) => reply,
+        }
+    }
+}
+
 /// Reads replies of a stream.
 #[derive(Debug, Default)]
 pub struct Replies {
@@ -82,7 +102,7 @@ impl Replies {
     ///
     /// # Errors
     /// As [`CodecError`] says.
-    pub async fn next(&mut self, stream: &Stream) -> Result<Option<FileReply>, CodecError> {
+    pub async fn next(&mut self, stream: &Stream) -> Result<Option<Reply<'_>>, CodecError> {
         if self.begin == self.end && self.receive(stream, 4).await? == 0 {
             return Ok(None);
         }
@@ -92,9 +112,12 @@ impl Replies {
                 .await
                 .map_err(|_| CodecError::Io(io::ErrorKind::TimedOut.into()))??,
         };
-        let reply = codec::from_bytes(&self.buffer[self.begin + 4..self.begin + length])?;
+        let body = &self.buffer[self.begin + 4..self.begin + length];
         self.begin += length;
-        Ok(Some(reply))
+        Ok(Some(match DataReply::parse(body) {
+            Some(data) => Reply::Data(data),
+            None => Reply::Other(codec::from_bytes(body)?),
+        }))
     }
 
     /// Length of the next frame with its header, or how many bytes it has at least when not all of it
@@ -135,7 +158,7 @@ impl Replies {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dhow_protocol::files::{Errno, FileAnswer};
+    use dhow_protocol::files::Errno;
     use std::os::unix::net::UnixStream;
 
     fn pair() -> (Stream, UnixStream) {
@@ -152,18 +175,23 @@ mod tests {
         use std::io::Write;
         let (stream, mut host) = pair();
         let sizes = [0, 1, 100, 70_000, 1 << 20, 3, 200_000];
+        let refused = FileReply { unique: 7, result: Err(Errno(2)) };
         let mut bytes = Vec::new();
         for (unique, size) in sizes.iter().enumerate() {
-            bytes.extend(codec::to_frame(&reply(unique as u64, *size), FILE_LIMIT).unwrap());
+            codec::append_frame(&mut bytes, &reply(unique as u64, *size), FILE_LIMIT).unwrap();
         }
+        codec::append_frame(&mut bytes, &refused, FILE_LIMIT).unwrap();
         let writer = std::thread::spawn(move || {
             // Odd pieces, so that frames and headers are cut.
             bytes.chunks(4093).for_each(|piece| host.write_all(piece).unwrap());
         });
         let mut replies = Replies::default();
         for (unique, size) in sizes.iter().enumerate() {
-            assert_eq!(replies.next(&stream).await.unwrap(), Some(reply(unique as u64, *size)));
+            let next = replies.next(&stream).await.unwrap().unwrap();
+            assert!(matches!(next, Reply::Data(_)));
+            assert_eq!(FileReply::from(next), reply(unique as u64, *size));
         }
+        assert_eq!(replies.next(&stream).await.unwrap(), Some(Reply::Other(refused)));
         assert!(replies.next(&stream).await.unwrap().is_none());
         writer.join().unwrap();
     }
@@ -191,7 +219,5 @@ mod tests {
         assert!(Replies::default().next(&stream).await.unwrap().is_none());
         assert!(stream.send(&[0; 9]).await.is_err());
         drop(host);
-        let frame = codec::to_frame(&FileReply { unique: 1, result: Err(Errno(2)) }, FILE_LIMIT);
-        assert!(frame.is_ok());
     }
 }

@@ -316,4 +316,54 @@ fn unmounting_lets_nobody_wait() {
     assert_eq!(fs::read_to_string(world.in_guest("file")).unwrap(), "x");
     world.guest.unmount_all();
     assert_eq!(world.guest.mounts(), [""; 0]);
+    // The parent holds nothing of it any more.
+    world.guest.kill_worker();
+    assert_eq!(world.guest.mounts(), [""; 0]);
+}
+
+#[test]
+fn who_waits_for_a_stream_can_be_killed() {
+    let (world, mut relay) = relayed();
+    fs::write(world.in_guest("file"), "x").unwrap();
+    relay.cut();
+    let mut waiting = world.run("exec cat never-looked-up").spawn().unwrap();
+    let state = |pid: u32| fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+    wait_for("it to wait for the share", || state(waiting.id()).contains("request_wait").then_some(()));
+    waiting.kill().unwrap();
+    let status = wait_for("its end", || waiting.try_wait().unwrap());
+    assert!(!status.success());
+    let _relay = Relay::new(&world);
+    assert_eq!(fs::read_to_string(world.in_guest("file")).unwrap(), "x");
+}
+
+#[test]
+fn signals_that_do_not_kill_do_not_disturb() {
+    let world = World::unmounted(false);
+    let mut hand = Hand::attach(&world, false);
+    world.mount(false).unwrap();
+    // A shell that catches the signal, and in the same process opens a file.
+    let mut shell = world.run("trap ': > /dev/null' USR1; read line < file; echo \"$line\"");
+    let mut shell = shell.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let pid = rustix::process::Pid::from_raw(shell.id() as i32).unwrap();
+    let mut lookups = 0;
+    loop {
+        let request = hand.next_of_interest();
+        rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
+        match request.op {
+            FileOp::Lookup(..) => {
+                lookups += 1;
+                hand.answer(request.unique, Ok(FileAnswer::Entry(file(11, 6))));
+            }
+            FileOp::Read { .. } => {
+                hand.answer(request.unique, Ok(FileAnswer::Data(b"lines\n".to_vec())));
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(lookups > 0);
+    let mut text = String::new();
+    shell.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "lines\n");
+    assert!(shell.wait().unwrap().success());
 }

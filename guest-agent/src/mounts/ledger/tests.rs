@@ -1,5 +1,6 @@
 //! Requests and replies without a kernel.
 
+use dhow_protocol::codec::{from_bytes, to_bytes};
 use dhow_protocol::files::{Attributes, FileKind, LinkTarget, Name, Space};
 
 use super::super::answer::tests::{attributes, listed};
@@ -42,26 +43,27 @@ fn readdir(unique: u64, offset: u64) -> Vec<u8> {
 }
 
 /// What goes to the host.
-fn asked(step: Step) -> FileRequest {
+fn asked(step: Step<'_>) -> FileRequest {
     match step {
         Step::Ask(request) => request,
+        Step::Write(write) => from_bytes(&to_bytes(&write).unwrap()).unwrap(),
         other => panic!("{other:?}"),
     }
 }
 
-fn told(next: Option<Next>) -> Answer {
+fn told(next: Option<Next<'_>>) -> Answer<'_> {
     match next {
         Some(Next::Tell(answer)) => answer,
         other => panic!("{other:?}"),
     }
 }
 
-fn ok(ledger: &mut Ledger, unique: u64, answer: FileAnswer) -> Option<Next> {
-    ledger.reply(FileReply { unique, result: Ok(answer) })
+fn ok(ledger: &mut Ledger, unique: u64, answer: FileAnswer) -> Option<Next<'static>> {
+    ledger.reply(Reply::Other(FileReply { unique, result: Ok(answer) }))
 }
 
-fn err(ledger: &mut Ledger, unique: u64, error: i32) -> Option<Next> {
-    ledger.reply(FileReply { unique, result: Err(Errno(error)) })
+fn err(ledger: &mut Ledger, unique: u64, error: i32) -> Option<Next<'static>> {
+    ledger.reply(Reply::Other(FileReply { unique, result: Err(Errno(error)) }))
 }
 
 fn folder(node: u64) -> Attributes {
@@ -139,7 +141,7 @@ fn other_errors_of_a_second_look_stand() {
         assert!(matches!(err(&mut ledger, 2, libc::EEXIST), Some(Next::Ask(_))));
         // A file is no folder.
         let owes = matches!(found, Ok(FileAnswer::Entry(_)));
-        let answer = told(ledger.reply(FileReply { unique: 2, result: found }));
+        let answer = told(ledger.reply(Reply::Other(FileReply { unique: 2, result: found })));
         assert_eq!((answer.error, answer.given), (libc::EEXIST, vec![]));
         assert_eq!(ledger.owed().is_some(), owes);
     }
@@ -196,8 +198,8 @@ fn a_new_server_is_told_what_the_kernel_knows() {
     assert_eq!(ledger.owed(), None);
     let mut forget = Message::default();
     forget.u32(2).u32(0).u64(8).u64(1).u64(7).u64(1);
-    let step = ledger.request(&request(opcode::BATCH_FORGET, 0, 0, &forget.0));
-    assert_eq!(asked(step).op, FileOp::Forget(vec![(NodeId(8), 1), (NodeId(7), 1)]));
+    let forget = request(opcode::BATCH_FORGET, 0, 0, &forget.0);
+    assert_eq!(asked(ledger.request(&forget)).op, FileOp::Forget(vec![(NodeId(8), 1), (NodeId(7), 1)]));
     assert_eq!(restored(&mut ledger), []);
 }
 
@@ -241,6 +243,26 @@ fn what_waits_of_a_folder_is_given_back_when_the_stream_breaks() {
     ledger.attached(true);
     let Some(FileRequest { op: FileOp::Forget(nodes), .. }) = ledger.owed() else { panic!("nothing owed") };
     assert_eq!(nodes.len(), 100 - given);
+}
+
+#[test]
+fn bytes_of_a_file_pass_as_they_are() {
+    let mut read = Message::default();
+    read.u64(0).u64(0).u32(5).u32(0).u64(0).u64(0);
+    let reply = |unique, data| Reply::Data(DataReply { unique, data });
+    for (data, fits) in [(&b""[..], true), (b"hello", true), (b"hello!", false)] {
+        let mut ledger = Ledger::default();
+        asked(ledger.request(&request(opcode::READ, 2, 7, &read.0)));
+        assert_eq!(ledger.reply(reply(4, data)), None);
+        let answer = told(ledger.reply(reply(2, data)));
+        assert_eq!(answer.error, if fits { 0 } else { libc::EIO });
+        assert_eq!(matches!(answer.body, Cow::Borrowed(body) if body == data), fits);
+        assert_eq!(ledger.reply(reply(2, data)), None);
+    }
+    // To something else it is a wrong answer.
+    let mut ledger = Ledger::default();
+    asked(ledger.request(&mkdir(2)));
+    assert_eq!(told(ledger.reply(reply(2, b"x"))).error, libc::EIO);
 }
 
 #[test]

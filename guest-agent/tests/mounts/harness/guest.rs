@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use dhow_agent::mounts::Mounts;
 use dhow_parent::{Limits, Parent, ParentLink, WorkerCommand, inherited_fds};
@@ -16,6 +17,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::{role_apart, role_arguments, wait_for};
 
 const FOLDER: &str = "DHOW_TEST_FOLDER";
+/// No test takes longer: one that hangs in a mount fails then.
+const LIFETIME: Duration = Duration::from_secs(900);
 /// First byte of a connection to the worker: one control request.
 const CONTROL: u8 = b'c';
 /// First byte: a `Files` stream, followed by the share's number.
@@ -133,10 +136,27 @@ impl Drop for Guest {
 pub fn role_parent() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
+    let test = rustix::process::getppid().unwrap();
+    std::thread::spawn(move || end_with(test));
     let argv = role_arguments("role_worker").into();
     let env = vec![(FOLDER.to_owned(), folder.to_str().unwrap().to_owned())];
     let limits = Limits { restarts: 1000, ..Limits::default() };
     Parent::new(WorkerCommand { argv, env }, limits, false).unwrap().run();
+}
+
+/// Ends this process when the test has ended or hangs; its worker and its mounts go with it. The death
+/// signal does not do: a thread of the test that waits for a mount stays, and cannot be killed.
+fn end_with(test: Pid) {
+    let begin = Instant::now();
+    let stat = format!("/proc/{}/stat", test.as_raw_nonzero());
+    while begin.elapsed() < LIFETIME {
+        let state = std::fs::read_to_string(&stat).unwrap_or_default();
+        if !state.rsplit(')').next().is_some_and(|rest| rest.starts_with([' ']) && !rest.starts_with(" Z")) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    std::process::exit(1);
 }
 
 /// The worker's process.

@@ -14,6 +14,7 @@ mod control;
 mod dispatch;
 mod hello;
 mod info;
+mod pipe;
 pub mod relay;
 mod requests;
 pub mod stream;

@@ -1,4 +1,8 @@
 //! A command in the guest: what to run, its input, its output.
+//!
+//! Frames are [`ExecInput`] and [`ExecOutput`], each at most [`crate::codec::DATA_LIMIT`]. The host keeps
+//! its half of the stream open until `Exited`: its end before that means that it has left, and hangs
+//! the command up.
 
 use bincode::{Decode, Encode};
 

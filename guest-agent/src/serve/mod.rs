@@ -11,6 +11,7 @@ mod accept;
 mod clock;
 mod connect;
 mod control;
+mod direction;
 mod dispatch;
 mod hello;
 mod info;

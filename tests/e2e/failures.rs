@@ -135,8 +135,8 @@ fn a_guest_that_panics() {
 fn a_guest_that_never_answers() {
     let vm = Vm::new();
     // As /init busybox is a first process that waits for ever and knows nothing of vsock.
-    let command = with_agent(&vm, &Settings::get().busybox);
-    assert_fails(&vm, command, &["did not come up within", "console"]);
+    let command = with_agent(&vm, &Settings::get().busybox).env("DHOW_BOOT_DEADLINE", "45");
+    assert_fails(&vm, command, &["did not come up within 45 s", "console"]);
 }
 
 /// A filesystem in memory of so many MiB at Dhow's folder, until dropped.

@@ -224,7 +224,8 @@ pub mod tests {
 
     #[test]
     fn a_listing_begins_with_itself_and_stops_where_it_is_full() {
-        let waiting = |n: u64| Waiting { entry: listed(b"name", 10 + n, 100 + n), changed: n % 3 == 0 };
+        let waiting =
+            |n: u64| Waiting { entry: listed(b"name", 10 + n, 100 + n), changed: n.is_multiple_of(3) };
         let names: Vec<_> = (0..100).map(waiting).collect();
         for plus in [false, true] {
             for offset in [0, 1, 2, 77] {

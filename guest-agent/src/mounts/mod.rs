@@ -124,7 +124,7 @@ impl Mounts {
     /// Serves a `Files` stream of a share until it ends: requests of its mount go out on it. `stream`
     /// is a connected vsock or unix stream socket, non-blocking.
     pub async fn serve_files(&self, share: u32, session: [u8; 16], stream: OwnedFd) {
-        let share = match self.share(share) {
+        let share = match self.living(share).await {
             Ok(share) => share,
             Err(problem) => {
                 tracing::error!(problem, "a stream of a share cannot be served");
@@ -148,9 +148,10 @@ impl Mounts {
     /// For a person.
     pub async fn mount(&self, request: MountRequest) -> Result<(), String> {
         mount_point::check(&request.path).map_err(|error| chain(&error))?;
-        let share = self.share(request.share)?;
+        let share = self.living(request.share).await?;
         let _changing = share.changing.lock().await;
         match share.request() {
+            _ if share.is_over() => return Err(format!("{:?} was being unmounted", request.path)),
             Some(mounted) if mounted == request => return Ok(()),
             Some(mounted) => {
                 return Err(format!("share {} is mounted already, at {:?}", request.share, mounted.path));
@@ -166,9 +167,8 @@ impl Mounts {
         })?;
         let result = self.mount_attached(&share, &request).await;
         if result.is_err() {
-            share.end();
             take_away(request.path).await;
-            self.remove(&share).await;
+            self.end(&share).await;
         }
         result
     }
@@ -217,9 +217,7 @@ impl Mounts {
                 _ => take_away(request.path).await,
             }
         }
-        // With its last fd closed the kernel ends whatever still waits.
-        share.end();
-        self.remove(&share).await;
+        self.end(&share).await;
         Ok(())
     }
 
@@ -245,23 +243,37 @@ impl Mounts {
         paths
     }
 
+    /// The share of this number; a new one where there is none, or its mount is gone.
+    async fn living(&self, number: u32) -> Result<Arc<Share>, String> {
+        loop {
+            let share = self.share(number)?;
+            if !share.is_over() {
+                return Ok(share);
+            }
+            self.forget(&share).await;
+        }
+    }
+
     /// After somebody else unmounted it.
     async fn forget(&self, share: &Arc<Share>) {
         let _changing = share.changing.lock().await;
-        tracing::info!(share = share.number, "share unmounted");
-        share.end();
-        self.remove(share).await;
+        if share.is_over() {
+            self.end(share).await;
+        }
     }
 
-    /// Drops a share that is not mounted any more, and what PID 1 holds of it.
-    async fn remove(&self, share: &Arc<Share>) {
-        let removed = {
-            let mut shares = self.shares();
-            let same = shares.get(&share.number).is_some_and(|here| Arc::ptr_eq(here, share));
-            same && shares.remove(&share.number).is_some()
+    /// Drops a share that is not mounted any more, and what PID 1 holds of it. Its lock is held, and it
+    /// stays in its place until all is released, so that a new share of its number comes after it.
+    async fn end(&self, share: &Arc<Share>) {
+        // With its last fd closed the kernel ends whatever still waits.
+        share.end();
+        let here = |shares: &HashMap<u32, Arc<Share>>| {
+            shares.get(&share.number).is_some_and(|here| Arc::ptr_eq(here, share))
         };
-        if removed {
+        if here(&self.shares()) {
             self.release(&share.number.to_string()).await;
+            self.shares().remove(&share.number);
+            tracing::info!(share = share.number, "share is not mounted any more");
         }
     }
 
@@ -273,7 +285,7 @@ impl Mounts {
         }
     }
 
-    /// The share of this number; a new one, not mounted, where there is none.
+    /// The share of this number as it is; a new one, not mounted, where there is none.
     fn share(&self, number: u32) -> Result<Arc<Share>, String> {
         let mut shares = self.shares();
         if let Some(share) = shares.get(&number) {

@@ -10,6 +10,8 @@ use std::path::{Component, Path};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
+/// What the kernel reads ahead, in KiB: as much as one read can have.
+const READ_AHEAD_KIB: &str = "1024";
 /// File system type of a share's mount.
 const TYPE: &str = "fuse.dhow";
 /// Longest path in bytes (Linux, `PATH_MAX` without its NUL).
@@ -142,6 +144,12 @@ pub fn mount(device: BorrowedFd<'_>, path: &str, read_only: bool) -> Result<(), 
     if let Err(error) = rustix::mount::mount_change(path, MountPropagationFlags::SHARED) {
         tracing::warn!(%error, path, "a share's mounts do not propagate");
     }
+    // Larger than the kernel's own choice: each read is a round trip to the host.
+    let read_ahead = device_of(path)
+        .and_then(|device| std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB));
+    if let Err(error) = read_ahead {
+        tracing::warn!(%error, path, "a share's read-ahead stays small");
+    }
     Ok(())
 }
 
@@ -173,24 +181,42 @@ pub fn unmount_by_force(path: &str) -> io::Result<()> {
     Ok(rustix::mount::unmount(path, flags)?)
 }
 
-/// Whether what is mounted at `path`, and not hidden by another mount there, is a share: the data disk's
-/// folders are mounts too. Touches no file system.
+/// Fails unless what is mounted at `path`, and not hidden by another mount there, is a share: the data
+/// disk's folders are mounts too.
 fn is_ours(path: &str) -> io::Result<()> {
+    device_of(path).map(drop)
+}
+
+/// The device number (`0:44`) of the share that is mounted at `path`. Touches no file system.
+fn device_of(path: &str) -> io::Result<String> {
     // Of the thread, which may have a mount namespace of its own.
     let table = std::fs::read("/proc/thread-self/mountinfo")?;
-    match table.split(|byte| *byte == b'\n').filter_map(mount_at).rfind(|(at, _)| at == path.as_bytes()) {
-        Some((_, kind)) if kind == TYPE.as_bytes() => Ok(()),
+    let lines = table.split(|byte| *byte == b'\n');
+    match lines.filter_map(Mounted::parse).rfind(|mounted| mounted.at == path.as_bytes()) {
+        Some(Mounted { device, kind, .. }) if kind == TYPE.as_bytes() => {
+            Ok(String::from_utf8_lossy(device).into_owned())
+        }
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
 }
 
-/// Mount point and type of a line of mountinfo (proc_pid_mountinfo(5)).
-fn mount_at(line: &[u8]) -> Option<(Vec<u8>, &[u8])> {
-    let mut fields = line.split(|byte| *byte == b' ');
-    let at = fields.nth(4)?;
-    // Optional fields, then a dash, then the type.
-    let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-    Some((unescape(at), kind))
+/// A line of mountinfo (proc_pid_mountinfo(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct Mounted<'a> {
+    device: &'a [u8],
+    at: Vec<u8>,
+    kind: &'a [u8],
+}
+
+impl<'a> Mounted<'a> {
+    fn parse(line: &'a [u8]) -> Option<Self> {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let device = fields.nth(2)?;
+        let at = unescape(fields.nth(1)?);
+        // Optional fields, then a dash, then the type.
+        let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+        Some(Self { device, at, kind })
+    }
 }
 
 /// Blank, tab, line feed and backslash stand as `\ooo` there.
@@ -276,9 +302,10 @@ mod tests {
     #[test]
     fn a_line_of_mountinfo_is_read() {
         let line = br"36 35 98:0 / /mnt/a\040b\134c rw,noatime shared:1 master:2 - fuse.dhow dhow rw,fd=3";
-        assert_eq!(mount_at(line), Some((br"/mnt/a b\c".to_vec(), &b"fuse.dhow"[..])));
-        assert_eq!(mount_at(b"36 35 98:0 / /mnt rw -"), None);
-        assert_eq!(mount_at(b""), None);
+        let mounted = Mounted { device: b"98:0", at: br"/mnt/a b\c".to_vec(), kind: b"fuse.dhow" };
+        assert_eq!(Mounted::parse(line), Some(mounted));
+        assert_eq!(Mounted::parse(b"36 35 98:0 / /mnt rw -"), None);
+        assert_eq!(Mounted::parse(b""), None);
         assert_eq!(unescape(br"\9x\04"), br"\9x\04");
         // The root is always mounted, and never ours.
         assert_eq!(unmount("/").unwrap_err().raw_os_error(), Some(libc::EINVAL));

@@ -10,6 +10,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,6 +58,7 @@ pub struct Share {
     pub mount: [u8; 16],
     /// Held while it is being mounted or unmounted.
     pub changing: tokio::sync::Mutex<()>,
+    over: AtomicBool,
     ledger: Mutex<Ledger>,
     mounted: Mutex<Option<Mounted>>,
     device: watch::Sender<Option<Arc<Device>>>,
@@ -93,6 +95,7 @@ impl Share {
             number,
             mount,
             changing: tokio::sync::Mutex::new(()),
+            over: AtomicBool::new(false),
             ledger: Mutex::new(ledger),
             mounted: Mutex::new(mounted),
             device: watch::Sender::new(device),
@@ -103,12 +106,18 @@ impl Share {
         }
     }
 
-    /// What it was mounted with, unless the mount is gone.
+    /// What it is mounted with.
     pub fn request(&self) -> Option<MountRequest> {
-        if self.device.borrow().as_ref().is_none_or(|device| device.is_gone()) {
+        if self.is_over() {
             return None;
         }
         lock(&self.mounted).as_ref().map(|mounted| mounted.state.request.clone())
+    }
+
+    /// Whether it was mounted and is not any more: it is of no use then.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+            || self.device.borrow().as_ref().is_some_and(|device| device.is_gone())
     }
 
     /// Gives the device of a fresh mount to the stream that is attached or will be.
@@ -135,8 +144,9 @@ impl Share {
         }
     }
 
-    /// Ends its stream and drops its device.
+    /// Ends its stream and drops its device, for good.
     pub fn end(&self) {
+        self.over.store(true, Ordering::Release);
         *lock(&self.mounted) = None;
         self.device.send_replace(None);
         if let Some(stream) = lock(&self.current).take() {
@@ -174,7 +184,8 @@ impl Share {
         }
         let _turn = self.turn.lock().await;
         let is_current = || lock(&self.current).as_ref().is_some_and(|current| Arc::ptr_eq(current, &stream));
-        if !is_current() {
+        if !is_current() || self.is_over() {
+            stream.end();
             return Ended::Stream;
         }
         let ended = self.converse(&stream).await;

@@ -1,7 +1,6 @@
 //! A file server that answers wrongly: who asked gets an error, and the mount lives on.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -272,5 +271,4 @@ fn a_large_folder_is_listed_in_few_round_trips() {
     let names = listing.join().unwrap();
     assert_eq!((names.len(), asked), (1000, 2));
     assert!(names.iter().enumerate().all(|(n, name)| *name == *format!("name-{n}")));
-    assert_eq!(fs::read(world.mounted.join("")).unwrap_err().kind(), ErrorKind::IsADirectory);
 }

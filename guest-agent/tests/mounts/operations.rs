@@ -177,15 +177,9 @@ fn renames_obey_their_flags() {
 fn names_are_bytes() {
     let world = World::new();
     let longest = "x".repeat(255);
-    for name in [
-        &longest.as_bytes()[..],
-        b"\xff\xfe",
-        "ä\u{301}".as_bytes(),
-        b" leading",
-        b"a\nb\x1b[2J",
-        b"...",
-        b"-f",
-    ] {
+    for name in
+        [longest.as_bytes(), b"\xff\xfe", "ä\u{301}".as_bytes(), b" leading", b"a\nb\x1b[2J", b"...", b"-f"]
+    {
         let name = OsStr::from_bytes(name);
         fs::write(world.in_guest(name), name.as_bytes()).unwrap();
         assert_eq!(fs::read(world.on_host(name)).unwrap(), name.as_bytes());

@@ -108,9 +108,10 @@ pub fn resume(tasks: &mut JoinSet<()>, vm: &Arc<Vm>, helpers: &mut Helpers, dock
 
 async fn first_answer(vm: &Vm, console: &std::path::Path) -> Result<(), StartError> {
     let deadline = boot_deadline(std::env::var("DHOW_BOOT_DEADLINE").ok().as_deref());
-    tokio::time::timeout(deadline, vm.guest.answers())
-        .await
-        .map_err(|_| StartError::Boot { seconds: deadline.as_secs(), console: log_end(console, CONSOLE_LINES) })
+    tokio::time::timeout(deadline, vm.guest.answers()).await.map_err(|_| StartError::Boot {
+        seconds: deadline.as_secs(),
+        console: log_end(console, CONSOLE_LINES),
+    })
 }
 
 /// What is no number of seconds is as if it were not there.

@@ -204,7 +204,6 @@ impl Machine {
                     userspace_addr: memory.get_host_address(region.start_addr()).unwrap() as u64,
                     mmap_offset: file.start(),
                     mmap_handle: file.file().as_raw_fd(),
-                    ..VhostUserMemoryRegionInfo::default()
                 }
             })
             .collect();

@@ -25,22 +25,25 @@ fn run_has_status_and_streams(vm: &Vm) {
 
 /// Asks the shell on `pty` for its terminal's size until it is `size`: docker tells the container a
 /// moment after it has begun.
-fn wait_for_size(pty: &mut Pty, size: &str) {
+fn wait_for_size(pty: &mut Pty, rows: u16, columns: u16) {
+    let size = format!("{rows} {columns}");
     let mut count = 0;
     wait_for(&format!("a terminal of {size}"), SOON, || {
         count += 1;
+        // The CLI may not yet listen to its terminal's changes when the container runs.
+        pty.resize(rows, columns + 1);
+        pty.resize(rows, columns);
         // The shell's echo of this line does not hold what it prints.
         pty.send(&format!("stty size; echo mark$(({count}+0)):\r"));
         let seen = pty.expect(&format!("mark{count}:"));
-        if seen.contains(size) { Ok(()) } else { Err(seen) }
+        if seen.contains(&size) { Ok(()) } else { Err(seen) }
     });
 }
 
 fn run_on_a_terminal(vm: &Vm) {
     let mut pty = Pty::spawn(vm.docker(&["run", "--rm", "-it", IMAGE, "sh"]), 33, 77);
-    wait_for_size(&mut pty, "33 77");
-    pty.resize(44, 88);
-    wait_for_size(&mut pty, "44 88");
+    wait_for_size(&mut pty, 33, 77);
+    wait_for_size(&mut pty, 44, 88);
     pty.send("tty; exit 6\r");
     pty.expect("/dev/pts/");
     assert_eq!(pty.wait().0, Some(6));
@@ -49,9 +52,9 @@ fn run_on_a_terminal(vm: &Vm) {
 fn exec_on_a_terminal(vm: &Vm) {
     let container = vm.container(&[], &["sleep", "1000"]);
     let mut pty = Pty::spawn(vm.docker(&["exec", "-it", &container.name, "sh"]), 21, 91);
-    wait_for_size(&mut pty, "21 91");
+    wait_for_size(&mut pty, 21, 91);
     // Ctrl-C ends what runs in the terminal, not the terminal.
-    pty.send("echo be''gun; sleep 1000; echo af''ter\r");
+    pty.send("sh -c \"echo be''gun; exec sleep 1000\"\r");
     pty.expect("begun");
     pty.send("\u{3}");
     pty.send("echo al''ive; exit 5\r");

@@ -9,7 +9,7 @@ cases![Shared: a_start_is_idempotent, a_second_profile_beside;
 
 fn a_start_is_idempotent(vm: &Vm) {
     let before: Vec<_> = vm.processes().into_iter().map(|process| process.pid).collect();
-    vm.start_command(&[]).run().exits(0).says("already running");
+    vm.start_command(&[]).run().exits(0).says("running already");
     let after: Vec<_> = vm.processes().into_iter().map(|process| process.pid).collect();
     assert_eq!(before, after);
 }

@@ -29,8 +29,10 @@ const STOP_PATIENCE: Duration = Duration::from_secs(60);
 /// How long all may take together before what is left is killed: the host waits 60 s for the whole of
 /// the power-off, in which PID 1 has its part.
 const STOP_ALL_PATIENCE: Duration = Duration::from_secs(25);
-/// How long containers have that their daemon did not end.
+/// How long containers have that their daemon did not end …
 const GRACE: Duration = Duration::from_secs(10);
+/// … and where the daemons used up all the time.
+const LEAST_GRACE: Duration = Duration::from_secs(5);
 /// Bound of [`Engine::stop_all`] whatever happens.
 const STOP_ALL_BOUND: Duration = Duration::from_secs(35);
 
@@ -295,7 +297,7 @@ impl Engine {
             format!(
                 "{} (its log ends: {})",
                 daemon.name,
-                Log::new(self.library.store.log(&daemon.name)).end()
+                Log::new(self.library.store.log(&daemon.name)).end_since(0)
             )
         });
         told.collect::<Vec<_>>().join(" and ")
@@ -342,7 +344,8 @@ impl Engine {
         };
         let Some((daemons, left_behind)) = found else { return };
         stop_daemons(&daemons, Stop { whole: true, deadline }).await;
-        leftovers::end(&left_behind, GRACE.min(deadline.saturating_duration_since(Instant::now()))).await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        leftovers::end(&left_behind, left.clamp(LEAST_GRACE, GRACE)).await;
     }
 
     /// Stops everything, for the power-off.

@@ -9,7 +9,7 @@ use super::text::escape;
 /// Size from which a log is cut, in bytes. Its end of that size at the most stays as `….log.1`.
 const LIMIT: u64 = 4 << 20;
 /// Bytes and lines that are shown of a log's end.
-const SHOWN: (u64, usize) = (2048, 5);
+const SHOWN: (u64, usize) = (2048, 3);
 
 /// One daemon's log.
 #[derive(Debug, Clone)]
@@ -68,18 +68,28 @@ impl Log {
         copied.map(drop)
     }
 
-    /// The last lines, as one line that is safe to show; empty when there are none.
+    /// Its length in bytes; 0 where there is none.
     #[must_use]
-    pub fn end(&self) -> String {
-        tail(&self.path).unwrap_or_default()
+    pub fn length(&self) -> u64 {
+        std::fs::metadata(&self.path).map_or(0, |log| log.len())
+    }
+
+    /// The last lines since it had `length` bytes, as one line that is safe to show; empty when there
+    /// are none.
+    #[must_use]
+    pub fn end_since(&self, length: u64) -> String {
+        tail(&self.path, length).unwrap_or_default()
     }
 }
 
-fn tail(path: &Path) -> io::Result<String> {
+fn tail(path: &Path, since: u64) -> io::Result<String> {
     let (bytes, lines) = SHOWN;
     let mut log = File::open(path)?;
-    let length = log.metadata()?.len();
-    log.seek(SeekFrom::Start(length.saturating_sub(bytes)))?;
+    let whole = log.metadata()?.len();
+    // Cut since then: all of it is later.
+    let since = if since <= whole { since } else { 0 };
+    let length = whole - since;
+    log.seek(SeekFrom::Start(since.max(whole.saturating_sub(bytes))))?;
     let mut end = Vec::new();
     log.take(bytes).read_to_end(&mut end)?;
     let end = String::from_utf8_lossy(&end);
@@ -119,7 +129,7 @@ mod tests {
         let log = Log::new("/no/such/folder/x.log".into());
         log.open().unwrap().write_all(b"lost").unwrap();
         log.bound();
-        assert_eq!(log.end(), "");
+        assert_eq!(log.end_since(0), "");
     }
 
     #[test]
@@ -127,12 +137,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::new(folder.path().join("x.log"));
         std::fs::write(&log.path, b"\x1b[31mred\n\nlast\xff\n").unwrap();
-        assert!(log.end().starts_with("\\u{1b}[31mred | last"));
+        assert!(log.end_since(0).starts_with("\\u{1b}[31mred | last"));
         let lines: Vec<String> = (0..1000).map(|line| format!("line {line}\n")).collect();
         std::fs::write(&log.path, lines.concat()).unwrap();
-        assert_eq!(log.end(), "line 995 | line 996 | line 997 | line 998 | line 999");
+        assert_eq!(log.end_since(0), "line 997 | line 998 | line 999");
+        let length = log.length();
+        assert_eq!(log.end_since(length), "");
+        assert_eq!(log.end_since(length - 9), "line 999");
+        assert_eq!(log.end_since(length + 1), "line 997 | line 998 | line 999");
         std::fs::write(&log.path, "x".repeat(1 << 20)).unwrap();
-        let end = log.end();
+        let end = log.end_since(0);
         assert!(!end.is_empty() && end.len() < 1000, "{}", end.len());
     }
 }

@@ -86,7 +86,7 @@ impl Daemon {
         let (sender, status) = watch::channel(first);
         let (orders, receiver) = mpsc::unbounded_channel();
         let restarts = Restarts::new(adopted.is_some());
-        let task = Task { plan, status: sender, orders: receiver, pending: None, restarts };
+        let task = Task { plan, status: sender, orders: receiver, pending: None, log_begin: 0, restarts };
         tokio::spawn(task.run(adopted));
         Self { name, status, orders }
     }
@@ -148,6 +148,8 @@ struct Task {
     orders: mpsc::UnboundedReceiver<Order>,
     /// A stop that came while something else was waited for.
     pending: Option<(Stop, oneshot::Sender<()>)>,
+    /// Length of the log when the daemon was started, in bytes.
+    log_begin: u64,
     restarts: Restarts,
 }
 
@@ -194,12 +196,13 @@ impl Task {
         }
     }
 
-    async fn spawn(&self) -> Result<Child, String> {
+    async fn spawn(&mut self) -> Result<Child, String> {
         let plan = &self.plan;
         if let Some(config) = &plan.spec.config {
             copy(&config.source, &config.file)?;
         }
         plan.log.bound();
+        self.log_begin = plan.log.length();
         let request = launch::request(&plan.name, &plan.spec, &plan.environment, &plan.log)
             .map_err(|error| text::chain(&error))?;
         let child = plan.launch.spawn(request).await.map_err(|error| text::chain(&error))?;
@@ -273,8 +276,8 @@ impl Task {
     fn reason(&self, how: &str, was_ready: bool) -> String {
         let name = &self.plan.spec.name;
         let when = if was_ready { "" } else { " before it answered" };
-        match self.plan.log.end() {
-            end if end.is_empty() => format!("{name} {how}{when}, and its log is empty"),
+        match self.plan.log.end_since(self.log_begin) {
+            end if end.is_empty() => format!("{name} {how}{when}, and logged nothing"),
             end => format!("{name} {how}{when}; its log ends: {end}"),
         }
     }

@@ -45,7 +45,7 @@ pub fn print(text: &str) -> Result<(), CommandError> {
 /// Writes one line of JSON to standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json<T: Serialize>(value: &T) -> Result<(), CommandError> {
     let mut line = serde_json::to_string(value).map_err(|error| CommandError::Output(error.into()))?;
     line.push('\n');

@@ -201,12 +201,13 @@ impl Stream {
     fn read(&self) -> Result<Option<FileRequest>, CodecError> {
         let mut turn = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(reader) = turn.as_mut() else { return Ok(None) };
-        let frame = Self::read_frame(reader);
+        // Decoded while the others wait: after a frame that is none, nobody reads on.
+        let frame =
+            Self::read_frame(reader).and_then(|body| body.map(|body| codec::from_bytes(&body)).transpose());
         if !matches!(frame, Ok(Some(_))) {
             *turn = None;
         }
-        drop(turn);
-        frame?.map(|body| codec::from_bytes(&body)).transpose()
+        frame
     }
 
     fn read_frame(reader: &mut BufReader<File>) -> Result<Option<Vec<u8>>, CodecError> {

@@ -23,8 +23,8 @@ use crate::images::store::Image;
 /// How long a guest may take from QEMU's start to its agent's first answer, where DHOW_BOOT_DEADLINE (in
 /// seconds) does not say otherwise: emulated on a busy machine it is slow, and yet on its way.
 const BOOT_DEADLINE: Duration = Duration::from_secs(300);
-/// Lines of the guest's console that an error shows.
-const CONSOLE_LINES: usize = 15;
+/// Lines of the guest's console that an error shows: a kernel panic with its trace is among them.
+const CONSOLE_LINES: usize = 80;
 
 /// Processes of a VM that are there already.
 #[derive(Default)]

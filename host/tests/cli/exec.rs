@@ -9,7 +9,7 @@ use dhow_protocol::codec::DATA_CHUNK;
 use dhow_protocol::exec::{ExecInput, ExecOutput, ExecStart, ExitStatus};
 use nix::sys::signal::Signal;
 
-use crate::bench::{Bench, Running, read_until, set_signals};
+use crate::bench::{Bench, Running, read_until, set_signals, wait_until};
 use crate::fake::{Fake, Peer, answer_running, mount};
 
 fn exited(peer: &mut Peer, status: ExitStatus) {
@@ -218,9 +218,13 @@ fn ctrl_c_ends_a_command_that_does_not_read_its_input() {
     });
     let mut command = bench.command(&["exec", "sleep"]);
     command.stdin(std::fs::File::open("/dev/zero").unwrap());
-    let (running, mut stdout) = Running::spawn_unread(&mut command);
+    let (mut running, mut stdout) = Running::spawn_unread(&mut command);
     read_until(&mut stdout, "ready\n");
-    running.signal(Signal::SIGINT);
+    // As a person does: the first may still find room in a socket that nobody reads.
+    wait_until("the command ends", || {
+        running.signal(Signal::SIGINT);
+        running.child.try_wait().unwrap()
+    });
     let outcome = running.finish();
     assert!(outcome.expect(130).stderr.contains("left before the command ended"), "{outcome:#?}");
 }

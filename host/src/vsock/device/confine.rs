@@ -4,8 +4,8 @@
 //! socket, connect, start a program or a thread, or map code. What it has are the fds that it was given.
 //!
 //! What makes calls behind the code's back, and how that is met:
-//! - The allocator maps and unmaps memory in any thread, and glibc's reads `/sys/devices/system/cpu` once, when a
-//!   second thread first allocates: [`enter`] sees to it that this is over.
+//! - The allocator maps and unmaps memory in any thread, and glibc's opens files where it has several arenas:
+//!   [`settle_allocator`] keeps it to one.
 //! - The vhost-user library maps guest memory whenever QEMU changes its layout.
 //! - A panic with a backtrace opens the program's file; from [`enter`] on there is none, and a panic in any thread
 //!   aborts: half a device would leave the guest's connections hanging.
@@ -71,23 +71,29 @@ const IOCTLS: [libc::Ioctl; 2] = [libc::FIONBIO, libc::TIOCOUTQ];
 const FCNTLS: [libc::c_int; 5] =
     [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL];
 
-/// Confines all threads of the process for good. No thread can be started afterwards.
+/// Confines all threads of the process for good. No thread can be started afterwards, and
+/// [`settle_allocator`] was called before the first one.
 ///
 /// # Errors
 /// When the kernel refuses, in words.
 pub fn enter() -> Result<(), String> {
-    settle_allocator()?;
     abort_on_panic();
     let filter = filter().map_err(|error| error.to_string())?;
     seccompiler::apply_filter_all_threads(&filter).map_err(|error| error.to_string())
 }
 
-/// Makes glibc decide how many arenas it may have (`arena_get2`, malloc/arena.c), for which it counts the CPUs.
-fn settle_allocator() -> Result<(), String> {
-    let thread = std::thread::Builder::new()
-        .spawn(|| drop(std::hint::black_box(vec![0_u8; 100])))
-        .map_err(|error| error.to_string())?;
-    thread.join().map_err(|_| "a thread of the allocator's panicked".to_owned())
+/// Keeps glibc's allocator to one arena; for a process that has one thread yet, as a thread keeps the arena that
+/// it has. With several, glibc opens files at times of its own: to count the CPUs (`arena_get2`, malloc/arena.c),
+/// and to learn how memory is overcommitted before an arena shrinks (`check_may_shrink_heap`, malloc-sysdep.h).
+///
+/// # Errors
+/// When glibc does not take the setting.
+pub fn settle_allocator() -> Result<(), String> {
+    // SAFETY: mallopt(3) takes two numbers and changes a setting of the allocator under its lock.
+    match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
+        1 => Ok(()),
+        _ => Err("the allocator does not keep to one arena".to_owned()),
+    }
 }
 
 fn abort_on_panic() {

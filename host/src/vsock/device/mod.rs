@@ -9,7 +9,7 @@
 //!
 //! The data path is one thread, the event loop of `vhost-user-backend`; the thread that reads vhost-user messages
 //! stops it by the backend's lock. After start the device opens no file and creates no socket: it accepts
-//! supervisors and receives fds, and can do nothing else ([`confine`]).
+//! supervisors and receives fds, and can do nothing else (`confine.rs`).
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -75,6 +75,7 @@ pub fn run(args: DeviceArgs) -> Result<(), DeviceError> {
     if args.guest_cid <= packet::HOST_CID || args.guest_cid >= u64::from(u32::MAX) {
         return Err(DeviceError::GuestCid(args.guest_cid));
     }
+    confine::settle_allocator().map_err(DeviceError::Confine)?;
     raise_fd_limit();
     let memory = GuestMemoryAtomic::new(Memory::new());
     let reactor = Reactor::new(args.guest_cid, args.control_listener).map_err(DeviceError::Start)?;

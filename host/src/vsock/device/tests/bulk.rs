@@ -213,3 +213,27 @@ fn small_packets_stay_below_the_guests_overhead_limit() {
         (rest + packets as usize == 400).then_some(())
     });
 }
+
+#[test]
+fn what_is_there_fills_whole_packets() {
+    let mut guest = Guest::new();
+    let (_, mut ours) = guest.open_pair(1);
+    ours.write_all(&pattern(100_000)).unwrap();
+    guest.step();
+    let packets: Vec<_> = guest.inbox.drain(..).collect();
+    let lens: Vec<_> = packets.iter().map(|(_, payload)| payload.len()).collect();
+    assert_eq!(lens.iter().sum::<usize>(), 100_000);
+    assert!(lens[..lens.len() - 1].iter().all(|&len| len == 4052), "{lens:?}");
+    let bytes: Vec<u8> = packets.into_iter().flat_map(|(_, payload)| payload).collect();
+    assert_eq!(bytes, pattern(100_000));
+}
+
+/// Buffers of any size, also such as hold no payload at all.
+#[test]
+fn odd_buffers_are_filled_too() {
+    let mut guest = Guest::off(RxLayout::Odd);
+    guest.start();
+    guest.post_all();
+    let (mut stream, mut ours) = guest.open_pair(1);
+    host_to_guest(&mut guest, &mut stream, &mut ours, &pattern(200_000));
+}

@@ -362,3 +362,203 @@ fn a_dead_connections_socket_is_no_longer_watched() {
     assert!(!guest.busy(), "an event of a connection that is gone");
     drop(duplicate);
 }
+
+/// Reads until the stream ends; what came, and whether it ended in a reset.
+fn read_to_the_end(guest: &mut Guest, mut socket: impl Read) -> (Vec<u8>, bool) {
+    let mut got = Vec::new();
+    let reset = guest.until("end of the stream", |_| {
+        let mut chunk = [0; 65536];
+        match socket.read(&mut chunk) {
+            Ok(0) => Some(false),
+            Ok(n) => {
+                got.extend_from_slice(&chunk[..n]);
+                None
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+                Some(true)
+            }
+        }
+    });
+    (got, reset)
+}
+
+/// An open stream with a TCP client.
+fn open_tcp(guest: &mut Guest, id: u32) -> (super::guest::Stream, TcpStream) {
+    let stream = guest.open(id, &[], 0);
+    assert!(matches!(guest.answer(), FromDevice::Opened { .. }));
+    let (client, fd) = tcp_pair();
+    guest.attach(id, fd);
+    (stream, client)
+}
+
+#[test]
+fn a_close_without_an_end_is_a_cut() {
+    let mut guest = Guest::new();
+    let (stream, client) = open_tcp(&mut guest, 1);
+    guest.send(stream.header(Op::Rw), b"half an answer", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    let (_, reset) = read_to_the_end(&mut guest, &client);
+    assert!(reset, "the client takes half an answer for a whole one");
+    assert_eq!(guest.connections(), 0);
+    guest.expect_silence();
+    // A local client cannot be told, but it does not hang.
+    let (stream, ours) = guest.open_pair(2);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(read_to_end(&mut guest, &ours), b"");
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn a_cut_is_a_cut_after_the_client_has_finished_too() {
+    let mut guest = Guest::new();
+    let (stream, mut client) = open_tcp(&mut guest, 1);
+    client.write_all(b"question").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    guest.expect(Op::Rw);
+    assert_eq!(guest.expect(Op::Shutdown).0.flags, SHUTDOWN_SEND);
+    guest.send(stream.header(Op::Rw), b"half an answer", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    assert!(read_to_the_end(&mut guest, &client).1);
+    assert_eq!(guest.connections(), 0);
+}
+
+#[test]
+fn a_cut_before_the_fd_comes_resets_it() {
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::GuestReset });
+    let (client, fd) = tcp_pair();
+    guest.ask(ToDevice::Attach { id: 1 }, Some(fd));
+    assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::Unknown });
+    assert!(read_to_the_end(&mut guest, &client).1);
+}
+
+#[test]
+fn halves_that_end_one_by_one_are_an_end() {
+    for first in [SHUTDOWN_SEND, SHUTDOWN_RCV] {
+        let mut guest = Guest::new();
+        let (stream, client) = open_tcp(&mut guest, 1);
+        guest.send(stream.header(Op::Rw), b"all of it", &[]);
+        guest.send(stream.shutdown(first), &[], &[]);
+        guest.send(stream.shutdown(SHUTDOWN_BOTH - first), &[], &[]);
+        guest.expect(Op::Rst);
+        assert_eq!(read_to_the_end(&mut guest, &client), (b"all of it".to_vec(), false));
+        drop(client);
+        guest.until("the client's end", |guest| (guest.connections() == 0).then_some(()));
+    }
+}
+
+/// A client that still sends when the guest is done: with unread bytes, or an early close, its kernel would throw away
+/// what it has not read.
+#[test]
+fn a_client_that_goes_on_sending_gets_every_byte() {
+    let mut guest = Guest::new();
+    let (stream, mut client) = open_tcp(&mut guest, 1);
+    rustix::net::sockopt::set_socket_recv_buffer_size(&client, 4096).unwrap();
+    let upload = pattern(3_000_000);
+    let answer = pattern(WINDOW as usize);
+    let mut sent = 0;
+    let mut push = |client: &mut TcpStream, most: usize| {
+        while sent < most
+            && let Ok(n) = client.write(&upload[sent..most])
+        {
+            sent += n;
+        }
+        sent
+    };
+    push(&mut client, 500_000);
+    // It is not read: the guest gives no more credit.
+    for chunk in answer.chunks(65536) {
+        guest.send(stream.header(Op::Rw), chunk, &[]);
+    }
+    guest.finish(&stream);
+    let mut got = Vec::new();
+    guest.until("the whole answer", |_| {
+        push(&mut client, 3_000_000);
+        let mut chunk = [0; 3000];
+        match client.read(&mut chunk) {
+            Ok(0) => Some(()),
+            Ok(n) => {
+                got.extend_from_slice(&chunk[..n]);
+                None
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock, "after {} bytes", got.len());
+                None
+            }
+        }
+    });
+    assert!(got == answer, "{} of {} bytes", got.len(), answer.len());
+    guest.until("the whole upload", |_| (push(&mut client, 3_000_000) == 3_000_000).then_some(()));
+    drop(client);
+    guest.until("the client's end", |guest| (guest.connections() == 0).then_some(()));
+}
+
+/// Clients that have everything and only keep their end open make room for others.
+#[test]
+fn clients_that_do_not_close_hold_up_nobody() {
+    let mut guest = Guest::new();
+    let mut clients = Vec::new();
+    for id in 0..MAX_CONNECTIONS as u32 {
+        let (stream, client) = open_tcp(&mut guest, id);
+        guest.finish(&stream);
+        guest.expect(Op::Rst);
+        clients.push(client);
+    }
+    assert_eq!(guest.connections(), MAX_CONNECTIONS as u64);
+    for client in &clients {
+        assert_eq!(read_to_the_end(&mut guest, client), (vec![], false));
+    }
+    guest.open_pair(5000);
+    assert_eq!(guest.connections(), 1);
+}
+
+#[test]
+fn a_local_client_that_leaves_bytes_unread_resets_the_guest() {
+    let mut guest = Guest::new();
+    let (stream, ours) = guest.open_pair(1);
+    guest.send(stream.header(Op::Rw), b"never read", &[]);
+    drop(ours);
+    assert_eq!(guest.expect(Op::Rst).0.src_port, stream.host_port);
+    assert_eq!(guest.connections(), 0);
+    // One that has read everything has only finished, as far as can be seen; writing shows the rest.
+    let (stream, ours) = guest.open_pair(2);
+    drop(ours);
+    assert_eq!(guest.expect(Op::Shutdown).0.flags, SHUTDOWN_SEND);
+    guest.send(stream.header(Op::Rw), b"anyone there?", &[]);
+    guest.expect(Op::Rst);
+    assert_eq!(guest.connections(), 0);
+}
+
+/// Fds that come in excess are closed, all of them: nobody can tell which one was meant.
+#[test]
+fn too_many_fds_are_closed() {
+    use std::os::fd::AsFd;
+    for count in [2, 3, 20] {
+        let mut guest = Guest::new();
+        guest.open(1, &[], 0);
+        guest.answer();
+        let (watch, fd) = UnixStream::pair().unwrap();
+        watch.set_nonblocking(true).unwrap();
+        let fds = vec![fd.as_fd(); count];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(20))];
+        let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+        let record = ToDevice::Attach { id: 1 }.encode();
+        let part = [std::io::IoSlice::new(&record)];
+        let flags = rustix::net::SendFlags::empty();
+        rustix::net::sendmsg(&guest.control, &part, &mut ancillary, flags).unwrap();
+        drop(fd);
+        assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::BadFd });
+        guest.expect(Op::Rst);
+        assert_eq!(read_to_end(&mut guest, &watch), b"", "{count}");
+    }
+}

@@ -206,7 +206,8 @@ async fn fill_and_empty(mut direction: Direction) {
         if let Ok(length) = source.try_write(&piece) {
             sent.extend_from_slice(&piece[..length]);
         }
-        poll_fn(|cx| Poll::Ready(drop(direction.poll(&from, &to, false, cx)))).await;
+        let polled = poll_fn(|cx| Poll::Ready(direction.poll(&from, &to, false, cx))).await;
+        assert!(polled.is_pending());
         tokio::task::yield_now().await;
     }
     let read = async {

@@ -124,6 +124,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         link,
         runtimes: Arc::clone(&runtimes),
         mounts: Arc::clone(&mounts),
+        clock: clock::Clock::default(),
         powering_off: AtomicBool::new(false),
     };
     let services = Arc::new(dispatch::Services {

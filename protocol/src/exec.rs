@@ -3,6 +3,10 @@
 //! Signals and sizes share a stream with standard input, which the command may not read. So the host
 //! sends at most [`STDIN_WINDOW`] bytes that the guest has not passed on yet ([`ExecOutput::StdinTaken`]):
 //! the guest always has room for them and reads on, and what comes behind them is never stuck.
+//!
+//! Frames are [`ExecInput`] and [`ExecOutput`], each at most [`crate::codec::DATA_LIMIT`]. The host keeps
+//! its half of the stream open until `Exited`: its end before that means that it has left, and hangs
+//! the command up.
 
 use bincode::{Decode, Encode};
 

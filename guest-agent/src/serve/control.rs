@@ -102,19 +102,14 @@ impl<H: Handler> Control<H> {
                 ToAgent::Request { id, deadline_ms, request } => {
                     let (cancel, cancelled) = oneshot::channel();
                     let deadline = Duration::from_millis(deadline_ms.into());
-                    match register(&running, id, cancel) {
-                        Ok(()) => {
-                            let one = One { id, deadline, cancelled, outgoing: outgoing.clone() };
-                            tasks.spawn(one.run(request, Arc::clone(&self.handler), Arc::clone(&running)));
-                        }
-                        Err(error) => {
-                            let frame = FromAgent::Response { id, result: Err(error) };
-                            let refuse = outgoing.clone();
-                            tasks.spawn(async move {
-                                let _ = refuse.send(Outgoing { frame, sent: None }).await;
-                            });
-                        }
+                    if let Err(error) = register(&running, id, cancel) {
+                        let frame = FromAgent::Response { id, result: Err(error) };
+                        // No task for one that is too many: it waits here until answers are taken.
+                        let _ = outgoing.send(Outgoing { frame, sent: None }).await;
+                        continue;
                     }
+                    let one = One { id, deadline, cancelled, outgoing: outgoing.clone() };
+                    tasks.spawn(one.run(request, Arc::clone(&self.handler), Arc::clone(&running)));
                 }
             }
         }
@@ -141,9 +136,10 @@ impl One {
             }
             Ok(()) = cancelled => Err(ControlError::Cancelled),
         };
-        lock(&running).remove(&id);
         // The writer has gone: so has the stream.
         let _ = outgoing.send(Outgoing { frame: FromAgent::Response { id, result }, sent: Some(sent) }).await;
+        // Only now is it no longer one of those that are counted.
+        lock(&running).remove(&id);
     }
 }
 

@@ -34,22 +34,14 @@ pub(super) struct Services {
 impl Services {
     /// Answers one stream's hello and serves it to its end.
     pub(super) async fn serve(self: Arc<Self>, stream: Stream, header: StreamHeader, answer: Answer) {
-        // A stream whose host has left before its answer needs nobody.
-        macro_rules! accept {
-            () => {
-                if answer.accept(&stream).await.is_err() {
-                    return;
-                }
-            };
-        }
         match header {
             StreamHeader::Control => {
-                accept!();
+                let Some(stream) = accepted(stream, answer).await else { return };
                 self.control.serve(&stream).await;
             }
             StreamHeader::Exec(start) => match exec::prepare(start, &self.environment).await {
                 Ok(prepared) => {
-                    accept!();
+                    let Some(stream) = accepted(stream, answer).await else { return };
                     exec::run(stream, prepared).await;
                 }
                 Err(exec::Refused { status, detail }) => answer.refuse(&stream, status, &detail).await,
@@ -58,34 +50,44 @@ impl Services {
                 forward(stream, answer, connect::tcp(SocketAddr::new(address, port))).await;
             }
             StreamHeader::Unix { path } => forward(stream, answer, connect::unix(&path)).await,
-            StreamHeader::Ports => match &self.ports {
-                Some(ports) => {
-                    accept!();
-                    ports.serve(stream).await;
-                }
-                None => {
-                    answer.refuse(&stream, Status::NotFound, "the guest's kernel cannot list sockets").await;
-                }
-            },
-            StreamHeader::Dns => match &self.dns {
-                Some(dns) => {
-                    accept!();
-                    dns.serve(stream).await;
-                }
-                None => answer.refuse(&stream, Status::NotFound, "the guest has no name server").await,
-            },
+            StreamHeader::Ports => {
+                let Some(ports) = &self.ports else {
+                    let detail = "the guest's kernel cannot list sockets";
+                    return answer.refuse(&stream, Status::NotFound, detail).await;
+                };
+                let Some(stream) = accepted(stream, answer).await else { return };
+                ports.serve(stream).await;
+            }
+            StreamHeader::Dns => {
+                let Some(dns) = &self.dns else {
+                    return answer.refuse(&stream, Status::NotFound, "the guest has no name server").await;
+                };
+                let Some(stream) = accepted(stream, answer).await else { return };
+                dns.serve(stream).await;
+            }
             StreamHeader::Files { share, session } => {
-                accept!();
+                let Some(stream) = accepted(stream, answer).await else { return };
                 self.mounts.serve_files(share, session, stream.into_fd()).await;
             }
             StreamHeader::Bundle(offer) => {
-                accept!();
+                let Some(stream) = accepted(stream, answer).await else { return };
                 self.runtimes.receive(offer, stream).await;
             }
             StreamHeader::Logs { source, tail, follow } => {
-                accept!();
+                let Some(stream) = accepted(stream, answer).await else { return };
                 crate::logs::serve(stream, source, tail, follow).await;
             }
+        }
+    }
+}
+
+/// The open stream; `None` when its host has left before the answer.
+async fn accepted(stream: Stream, answer: Answer) -> Option<Stream> {
+    match answer.accept(&stream).await {
+        Ok(()) => Some(stream),
+        Err(error) => {
+            tracing::debug!(%error, "the host did not wait for its stream");
+            None
         }
     }
 }
@@ -99,9 +101,7 @@ async fn forward(stream: Stream, answer: Answer, target: impl Future<Output = Re
     };
     match connected {
         Ok(target) => {
-            if answer.accept(&stream).await.is_err() {
-                return;
-            }
+            let Some(stream) = accepted(stream, answer).await else { return };
             if let Err(error) = relay::relay(stream, target).await {
                 tracing::debug!(error = chain(&error), "a forwarded connection was cut");
             }

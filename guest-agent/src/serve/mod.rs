@@ -11,9 +11,11 @@ mod accept;
 mod clock;
 mod connect;
 mod control;
+mod direction;
 mod dispatch;
 mod hello;
 mod info;
+mod pipe;
 pub mod relay;
 mod requests;
 pub mod stream;
@@ -122,6 +124,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         link,
         runtimes: Arc::clone(&runtimes),
         mounts: Arc::clone(&mounts),
+        clock: clock::Clock::default(),
         powering_off: AtomicBool::new(false),
     };
     let services = Arc::new(dispatch::Services {

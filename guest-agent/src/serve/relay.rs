@@ -5,25 +5,17 @@
 //! reset of one side ─► both are cut at once
 //! both have ended   ─► both are closed
 //! ```
-//! One task serves both directions, out of one buffer that all relays of the thread share: it is
-//! filled only when there is something to read, and only what the other side does not take at once
-//! is kept. So a silent relay has no buffer.
+//! One task serves both directions. Small pieces are copied, out of one buffer that all relays of the
+//! thread share: it is filled only when there is something to read, and only what the other side does
+//! not take at once is kept. Bulk data is spliced (`pipe.rs`), which saves the kernel one of two copies
+//! and carried 1.4 times as much into an emulated guest, 1.6 times out of it. A silent relay has neither buffer nor pipe.
 
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 
+use super::direction::Direction;
 use super::stream::Stream;
-
-/// Bytes that are read at once. Larger pieces are carried with fewer packets.
-const CHUNK: usize = 128 << 10;
-/// Chunks of one direction after which other tasks have their turn.
-const TURN: usize = 8;
-
-thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
-}
 
 /// Bytes that went from the first side to the second, and back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -39,7 +31,15 @@ pub struct Carried {
 /// # Errors
 /// One side failed or was reset; the other was cut then.
 pub async fn relay(first: Stream, second: Stream) -> io::Result<Carried> {
-    let (mut there, mut back) = (Direction::default(), Direction::default());
+    run(first, second, Direction::default(), Direction::default()).await
+}
+
+async fn run(
+    first: Stream,
+    second: Stream,
+    mut there: Direction,
+    mut back: Direction,
+) -> io::Result<Carried> {
     let carried = poll_fn(|cx| {
         // Both are polled, whatever the first one says.
         let one = there.poll(&first, &second, back.done, cx)?;
@@ -60,126 +60,6 @@ pub async fn relay(first: Stream, second: Stream) -> io::Result<Carried> {
             second.cut();
             Err(error)
         }
-    }
-}
-
-/// One direction of a relay.
-#[derive(Debug, Default)]
-struct Direction {
-    /// Read and not yet written.
-    rest: Vec<u8>,
-    /// So much of `rest` is written.
-    written: usize,
-    /// The source has ended.
-    ended: bool,
-    /// The sink was told so, or takes no more: nothing is left to do.
-    done: bool,
-    /// The sink took no more. What it sent before it left is still carried, then both are cut.
-    failed: Option<io::Error>,
-    /// The source will not change any more.
-    settled: bool,
-    carried: u64,
-}
-
-impl Direction {
-    /// Carries what can be carried now; ready when nothing is left to do. An error is the source's.
-    fn poll(
-        &mut self,
-        from: &Stream,
-        to: &Stream,
-        back_done: bool,
-        cx: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
-        for _ in 0..TURN {
-            if !self.done {
-                ready!(self.write_rest(to, cx));
-            }
-            if self.ended && !self.done {
-                self.failed = to.shutdown_write().err();
-                self.done = true;
-            }
-            if self.done {
-                return Poll::Ready(Ok(()));
-            }
-            ready!(self.carry(from, to, cx))?;
-            if self.ended && !back_done && from.is_reset() {
-                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-            }
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    }
-
-    fn write_rest(&mut self, to: &Stream, cx: &mut Context<'_>) -> Poll<()> {
-        while self.written < self.rest.len() {
-            let error = match to.try_write(&self.rest[self.written..]) {
-                Ok(length) => {
-                    self.written += length;
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match ready!(to.poll_writable(cx))
-                {
-                    Ok(()) => continue,
-                    Err(error) => error,
-                },
-                Err(error) => error,
-            };
-            self.fail(error);
-            break;
-        }
-        // Its memory goes, too: the next rest may be long in coming.
-        self.rest = Vec::new();
-        self.written = 0;
-        Poll::Ready(())
-    }
-
-    /// Reads one chunk, and keeps what the sink does not take at once.
-    fn carry(&mut self, from: &Stream, to: &Stream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        BUFFER.with_borrow_mut(|buffer| {
-            let length = loop {
-                match from.try_read(buffer) {
-                    Ok(length) => break length,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready!(from.poll_readable(cx))?
-                    }
-                    Err(error) => return Poll::Ready(Err(error)),
-                }
-            };
-            self.ended = length == 0;
-            if self.ended {
-                return Poll::Ready(Ok(()));
-            }
-            self.carried += length as u64;
-            match to.try_write(&buffer[..length]) {
-                Ok(taken) => self.rest.extend_from_slice(&buffer[taken..length]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.rest.extend_from_slice(&buffer[..length]);
-                }
-                Err(error) => self.fail(error),
-            }
-            Poll::Ready(Ok(()))
-        })
-    }
-
-    fn fail(&mut self, error: io::Error) {
-        self.failed = Some(error);
-        self.done = true;
-    }
-
-    /// The source has ended while the way back goes on, which nothing may be written to for long: asks
-    /// whether it was reset.
-    fn watch(&mut self, from: &Stream, cx: &mut Context<'_>) -> io::Result<()> {
-        while self.ended && !self.settled {
-            if from.is_reset() {
-                return Err(io::ErrorKind::ConnectionReset.into());
-            }
-            match from.poll_changed(cx) {
-                Poll::Ready(true) => {}
-                Poll::Ready(false) => self.settled = true,
-                Poll::Pending => break,
-            }
-        }
-        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::serve::direction::CHUNK;
 use crate::serve::testing::{pair, within};
 
 /// A TCP connection: the relay's end and the server's.
@@ -23,6 +24,19 @@ async fn host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Result<Carr
     let (agent, host) = pair();
     let (client, server) = tcp_pair().await;
     (host, server, tokio::spawn(relay(agent, client)))
+}
+
+/// As [`host_and_server`], for sockets that cannot be spliced.
+async fn copying_host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Result<Carried>>) {
+    let (agent, host) = pair();
+    let (client, server) = tcp_pair().await;
+    (host, server, tokio::spawn(run(agent, client, plain(), plain())))
+}
+
+fn plain() -> Direction {
+    let mut direction = Direction::default();
+    direction.plain = true;
+    direction
 }
 
 fn bytes(length: usize) -> Vec<u8> {
@@ -44,23 +58,30 @@ async fn receive(mut reader: impl AsyncRead + Unpin) -> Vec<u8> {
     received
 }
 
+async fn both_directions_at_once(
+    length: usize,
+    (host, server, relaying): (UnixStream, TcpStream, JoinHandle<io::Result<Carried>>),
+) {
+    let (host_reader, host_writer) = host.into_split();
+    let (server_reader, server_writer) = server.into_split();
+    let (there, back) = (bytes(length), bytes(length / 2 + 1));
+    let ((), (), at_server, at_host) = tokio::join!(
+        send(host_writer, &there),
+        send(server_writer, &back),
+        receive(server_reader),
+        receive(host_reader),
+    );
+    assert_eq!(hash(&at_server), hash(&there), "{length}");
+    assert_eq!(hash(&at_host), hash(&back), "{length}");
+    let carried = within(relaying).await.unwrap().unwrap();
+    assert_eq!(carried, Carried { there: there.len() as u64, back: back.len() as u64 });
+}
+
 #[tokio::test]
 async fn both_directions_at_once_in_all_sizes() {
     for length in [0, 1, 4_096, 32_767, 32_768, 32_769, 65_536, CHUNK, CHUNK + 1, 1_000_000, 5_000_000] {
-        let (host, server, relaying) = host_and_server().await;
-        let (host_reader, host_writer) = host.into_split();
-        let (server_reader, server_writer) = server.into_split();
-        let (there, back) = (bytes(length), bytes(length / 2 + 1));
-        let ((), (), at_server, at_host) = tokio::join!(
-            send(host_writer, &there),
-            send(server_writer, &back),
-            receive(server_reader),
-            receive(host_reader),
-        );
-        assert_eq!(hash(&at_server), hash(&there), "{length}");
-        assert_eq!(hash(&at_host), hash(&back), "{length}");
-        let carried = within(relaying).await.unwrap().unwrap();
-        assert_eq!(carried, Carried { there: there.len() as u64, back: back.len() as u64 });
+        both_directions_at_once(length, host_and_server().await).await;
+        both_directions_at_once(length, copying_host_and_server().await).await;
     }
 }
 
@@ -169,29 +190,44 @@ async fn a_servers_last_words_reach_a_host_that_it_no_longer_hears() {
     assert!(within(relaying).await.unwrap().is_err());
 }
 
-#[tokio::test]
-async fn a_silent_relay_has_no_buffer() {
-    let (mut host, mut server, relaying) = host_and_server().await;
-    let mut direction = Direction::default();
-    let (from, mut source) = pair();
-    let (to, mut sink) = pair();
-    // Full: the sink's reader takes nothing.
-    let mut more = true;
-    while more {
-        source.write_all(&[1; 4096]).await.unwrap();
-        poll_fn(|cx| {
-            more =
-                !matches!(direction.poll(&from, &to, false, cx), Poll::Pending) || direction.rest.is_empty();
-            Poll::Ready(())
-        })
-        .await;
+/// Whether something is under way.
+fn holds(direction: &Direction) -> bool {
+    !direction.rest.is_empty() || direction.pipe.as_ref().is_some_and(|pipe| pipe.held() > 0)
+}
+
+/// Writes into a direction whose sink is not read until nothing more is taken, then reads it empty.
+async fn fill_and_empty(mut direction: Direction) {
+    let (from, source) = pair();
+    let (to, sink) = pair();
+    let piece = bytes(256 << 10);
+    let mut sent = Vec::new();
+    while !holds(&direction) {
+        // The socket takes less than a piece when its reader does not read.
+        if let Ok(length) = source.try_write(&piece) {
+            sent.extend_from_slice(&piece[..length]);
+        }
+        let polled = poll_fn(|cx| Poll::Ready(direction.poll(&from, &to, false, cx))).await;
+        assert!(polled.is_pending());
+        tokio::task::yield_now().await;
     }
-    assert!(!direction.rest.is_empty());
-    source.shutdown().await.unwrap();
-    let ended = tokio::join!(poll_fn(|cx| direction.poll(&from, &to, false, cx)), receive(&mut sink)).0;
-    ended.unwrap();
+    let read = async {
+        let (mut sink, mut received) = (sink, vec![0; sent.len()]);
+        within(sink.read_exact(&mut received)).await.unwrap();
+        (received, sink)
+    };
+    let carry = poll_fn(|cx| match direction.poll(&from, &to, false, cx) {
+        Poll::Pending if direction.carried == sent.len() as u64 && !holds(&direction) => Poll::Ready(()),
+        Poll::Pending => Poll::Pending,
+        Poll::Ready(result) => panic!("{result:?}"),
+    });
+    let ((received, _sink), ()) = tokio::join!(read, carry);
+    assert_eq!(hash(&received), hash(&sent));
     assert_eq!(direction.rest.capacity(), 0);
-    host.shutdown().await.unwrap();
-    server.shutdown().await.unwrap();
-    within(relaying).await.unwrap().unwrap();
+    assert!(direction.pipe.is_none());
+}
+
+#[tokio::test]
+async fn a_silent_direction_has_neither_buffer_nor_pipe() {
+    fill_and_empty(Direction::default()).await;
+    fill_and_empty(plain()).await;
 }

@@ -10,8 +10,9 @@ use dhow_protocol::control::{ControlError, ControlRequest, ControlResponse, Gues
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::clock::Clock;
 use super::control::Handler;
-use super::{chain, clock, info};
+use super::{chain, info};
 use crate::mounts::Mounts;
 use crate::runtimes::Runtimes;
 
@@ -27,6 +28,7 @@ pub(super) struct Requests {
     pub(super) link: ParentLink,
     pub(super) runtimes: Arc<Runtimes>,
     pub(super) mounts: Arc<Mounts>,
+    pub(super) clock: Clock,
     pub(super) powering_off: AtomicBool,
 }
 
@@ -39,9 +41,10 @@ impl Handler for Requests {
         let done = match request {
             ControlRequest::Ping => return Ok(ControlResponse::Pong),
             ControlRequest::Info => return Ok(ControlResponse::Info(self.info())),
-            ControlRequest::SetClock { unix_nanos } => {
-                clock::set(unix_nanos).map_err(|error| format!("cannot set the guest's clock: {error}"))
-            }
+            ControlRequest::SetClock { unix_nanos } => self
+                .clock
+                .follow(unix_nanos)
+                .map_err(|error| format!("cannot set the guest's clock: {error}")),
             ControlRequest::Mount(request) => self.mounts.mount(request).await,
             ControlRequest::Unmount { share } => self.mounts.unmount(share).await,
             ControlRequest::StartRuntime { name } => self.runtimes.start_runtime(&name).await,

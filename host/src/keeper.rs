@@ -42,6 +42,10 @@ const REPORT_LIMIT: u64 = 64 << 10;
 const BACKLOG: i32 = 512;
 /// How long children may take from SIGTERM to their end.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a QEMU that was killed may take to let go of the disk.
+const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a supervisor that died too often is left alone, whoever wants it.
+const REST: Duration = Duration::from_secs(3);
 /// How long the supervisor may take from SIGTERM to its VM's end: above what it gives the guest.
 const STOP_GRACE: Duration = Duration::from_secs(90);
 
@@ -200,6 +204,9 @@ pub fn main(profile: &ProfileName, adopt_only: bool) -> Result<(), KeeperError> 
     while parent.run() == Outcome::GaveUp {
         // The VM is not ended for its supervisor's fault. Who wants something of it causes new attempts.
         tracing::error!("the supervisor has died too often; it is started again when a command comes");
+        if parent.rest(REST).is_some() {
+            break;
+        }
         match parent.idle(API) {
             Idle::Wanted => {}
             Idle::Childless | Idle::ShutDown => break,
@@ -266,7 +273,7 @@ fn make(
 ) -> Result<(), KeeperError> {
     let lock = open_locked(&paths.keeper_lock())?;
     parent.hold(LOCK, lock.ok_or_else(|| KeeperError::Locked(profile.to_string()))?);
-    match open_locked(&paths.disk())? {
+    match lock_disk(paths)? {
         Some(disk) => parent.hold(DISK, disk),
         // QEMU of a VM that was left behind has it, or somebody else: the supervisor finds out.
         None => tracing::warn!(disk = %paths.disk().display(), "the data disk is locked by another process"),
@@ -280,6 +287,20 @@ fn make(
         parent.hold(name, socket);
     }
     Ok(())
+}
+
+/// The data disk, locked; `None` where a VM of the profile that was left behind has the lock, or somebody
+/// else does not let go of it.
+fn lock_disk(paths: &Paths) -> Result<Option<OwnedFd>, KeeperError> {
+    let deadline = std::time::Instant::now() + LOCK_DEADLINE;
+    loop {
+        let disk = open_locked(&paths.disk())?;
+        if disk.is_some() || vm_runs(paths) || std::time::Instant::now() >= deadline {
+            return Ok(disk);
+        }
+        // A QEMU that was killed has the lock until its memory is given back.
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Opens (and makes) a file and takes its flock; `None` where somebody else has that.

@@ -14,18 +14,22 @@
 //! ```
 //!
 //! `message.rs` has what they say, `socket.rs` how a message and its fds travel, `parent.rs` the
-//! loop, `spawn.rs` fork and exec, `link.rs` the worker's side, `estate.rs` what passes to a worker
-//! that becomes the parent when its own has died.
+//! loop, `worker.rs` and `children.rs` whom it serves and watches, `spawn.rs` fork and exec, `link.rs`
+//! the worker's side, `estate.rs` what passes to a worker that becomes the parent when its own has died.
 
+mod children;
 mod estate;
 mod link;
 mod message;
 mod parent;
 mod socket;
 mod spawn;
+mod worker;
 
+pub use children::STATUS_UNKNOWN;
 pub use estate::Estate;
 pub use link::{Exit, ParentError, ParentLink, Restored, SpawnedChild};
 pub use message::Spawn;
-pub use parent::{Idle, Limits, Outcome, Parent, STATUS_UNKNOWN, WorkerCommand};
+pub use parent::{Idle, Limits, Outcome, Parent};
 pub use spawn::{FDS_VARIABLE, inherited_fds};
+pub use worker::WorkerCommand;

@@ -1,35 +1,22 @@
 //! The parent's loop: serve the worker, reap children, restart the worker.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::children::{self, Child, is_ready, pidfd_of, poll_in};
 use crate::estate::Estate;
 use crate::message::{Ask, Spawn, Tell};
+use crate::worker::{Worker, WorkerCommand};
 use crate::{link, socket, spawn};
 
 /// Exits kept for a worker that is not there to be told; the oldest go first.
 const EXITS_LIMIT: usize = 1024;
-/// Name of the worker among the children; no spawned child may take it.
-const WORKER: &str = "worker";
-/// Status of a child whose end was seen and whose status went to another process.
-pub const STATUS_UNKNOWN: i32 = -1;
-
-/// The worker's command line.
-#[derive(Debug, Clone)]
-pub struct WorkerCommand {
-    /// Program (absolute path) and arguments, in UTF-8.
-    pub argv: Vec<OsString>,
-    /// The whole environment.
-    pub env: Vec<(String, String)>,
-}
 
 /// How often a worker that dies is started again.
 #[derive(Debug, Clone, Copy)]
@@ -64,19 +51,6 @@ pub enum Idle {
     Childless,
     /// SIGTERM or SIGINT came.
     ShutDown,
-}
-
-struct Child {
-    name: String,
-    pidfd: OwnedFd,
-    /// A child in the kernel's eyes, too: it is reaped, and its status known.
-    ours: bool,
-}
-
-struct Worker {
-    pid: i32,
-    pidfd: OwnedFd,
-    socket: OwnedFd,
 }
 
 /// What a wait ended with.
@@ -229,7 +203,7 @@ impl Parent {
                 && let Some(current) = &worker
                 && self.serve(current)
             {
-                self.end_worker(worker.as_ref());
+                worker.iter().for_each(Worker::terminate);
                 return Outcome::ShutDown;
             }
             let signal = if ready.signal { self.signalled() } else { None };
@@ -238,7 +212,7 @@ impl Parent {
             }
             let late = stop_by.is_some_and(|deadline| Instant::now() >= deadline);
             if late || signal.is_some() {
-                self.end_worker(worker.as_ref());
+                worker.iter().for_each(Worker::terminate);
                 let at_once = signal == Some(Signal::SIGINT) || self.stop_grace.is_zero();
                 if late || at_once || stop_by.is_some() {
                     return Outcome::ShutDown;
@@ -298,43 +272,19 @@ impl Parent {
     }
 
     fn start_worker(&mut self) -> io::Result<Worker> {
-        let (ours, theirs) =
-            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        socket::enlarge(ours.as_fd())?;
-        socket::enlarge(theirs.as_fd())?;
-        let argv = self.command.argv.iter().map(|part| part.to_string_lossy().into_owned()).collect();
-        let pid = spawn::spawn(Spawn {
-            name: WORKER.to_owned(),
-            argv,
-            env: self.command.env.clone(),
-            fds: vec![(link::SOCKET_NAME.to_owned(), theirs)],
-            ..Spawn::default()
-        })?;
-        tracing::info!(pid, "worker started");
-        let worker = Worker { pid, pidfd: pidfd_of(pid)?, socket: ours };
+        let worker = Worker::start(&self.command)?;
         // A send can fail only when the worker is dead already: SIGCHLD tells.
         for (name, fd) in &self.held {
-            self.tell(&worker, &Tell::Held { name: name.clone() }, &[fd.as_fd()]);
+            worker.tell(&Tell::Held { name: name.clone() }, &[fd.as_fd()]);
         }
         for (pid, child) in &self.children {
-            self.tell(&worker, &Tell::Child { name: child.name.clone(), pid: *pid }, &[child.pidfd.as_fd()]);
+            worker.tell(&Tell::Child { name: child.name.clone(), pid: *pid }, &[child.pidfd.as_fd()]);
         }
-        self.tell(&worker, &Tell::Ready { first: !self.begun }, &[]);
+        worker.tell(&Tell::Ready { first: !self.begun }, &[]);
         self.begun = true;
         self.tell_exits(&worker);
-        // Only now: a worker that never reads must not block the loop above for ever, but what it
-        // is given at its start fits the socket's buffer.
-        rustix::io::ioctl_fionbio(&worker.socket, true)?;
+        worker.never_wait()?;
         Ok(worker)
-    }
-
-    /// Whether the message was sent.
-    fn tell(&self, worker: &Worker, message: &Tell, fds: &[BorrowedFd<'_>]) -> bool {
-        let sent = socket::send(worker.socket.as_fd(), message, fds);
-        if let Err(error) = &sent {
-            tracing::warn!(%error, ?message, "the worker does not listen");
-        }
-        sent.is_ok()
     }
 
     /// Waits until a signal came, the worker wrote, a child ended, or it is `until`. SIGCHLD alone would
@@ -369,8 +319,7 @@ impl Parent {
             Ok(Some(message)) => message,
             // It closed its end: it is ending, or broken. Without its socket it is of no use.
             Ok(None) => {
-                kill(worker.pid, Signal::SIGKILL);
-                wait_for_end(worker);
+                worker.kill();
                 return false;
             }
             // As above, with messages that it has not read.
@@ -390,25 +339,25 @@ impl Parent {
             Ask::Hold { id, name } => {
                 if let Some(fd) = fds.into_iter().next() {
                     self.held.insert(name, fd);
-                    self.tell(worker, &Tell::Done { id }, &[]);
+                    worker.tell(&Tell::Done { id }, &[]);
                 } else {
-                    self.tell(worker, &Tell::Refused { id, reason: "no fd came along".to_owned() }, &[]);
+                    worker.tell(&Tell::Refused { id, reason: "no fd came along".to_owned() }, &[]);
                 }
             }
             Ask::Release { id, name } => {
                 self.held.remove(&name);
-                self.tell(worker, &Tell::Done { id }, &[]);
+                worker.tell(&Tell::Done { id }, &[]);
             }
             Ask::Adopt { id, name, pid } => {
                 if let Some(pidfd) = fds.into_iter().next() {
                     self.children.insert(pid, Child { name, pidfd, ours: false });
-                    self.tell(worker, &Tell::Done { id }, &[]);
+                    worker.tell(&Tell::Done { id }, &[]);
                 } else {
-                    self.tell(worker, &Tell::Refused { id, reason: "no pidfd came along".to_owned() }, &[]);
+                    worker.tell(&Tell::Refused { id, reason: "no pidfd came along".to_owned() }, &[]);
                 }
             }
             Ask::ShutDown { id } => {
-                self.tell(worker, &Tell::Done { id }, &[]);
+                worker.tell(&Tell::Done { id }, &[]);
                 return true;
             }
         }
@@ -423,28 +372,19 @@ impl Parent {
             .and_then(|pid| Ok((pid, pidfd_of(pid)?)));
         match result {
             Ok((pid, pidfd)) => {
-                self.tell(worker, &Tell::Spawned { id, pid }, &[pidfd.as_fd()]);
+                worker.tell(&Tell::Spawned { id, pid }, &[pidfd.as_fd()]);
                 self.children.insert(pid, Child { name, pidfd, ours: true });
             }
             Err(error) => {
-                self.tell(worker, &Tell::Refused { id, reason: error.to_string() }, &[]);
+                worker.tell(&Tell::Refused { id, reason: error.to_string() }, &[]);
             }
         }
     }
 
     /// Reaps what has ended: the worker, children, and with `reap_orphans` whatever else.
     fn reap(&mut self, worker: &mut Option<Worker>) {
-        let foreign = self.children.iter().filter(|(_, child)| !child.ours && has_ended(child));
-        let mut ended: Vec<_> = foreign.map(|(pid, _)| (*pid, STATUS_UNKNOWN)).collect();
-        if self.reap_orphans {
-            while let Some(exit) = wait_any() {
-                ended.push(exit);
-            }
-        } else {
-            let ours = self.children.iter().filter(|(_, child)| child.ours);
-            let pids = ours.map(|(pid, _)| *pid).chain(worker.as_ref().map(|worker| worker.pid));
-            ended.extend(pids.filter_map(wait_one));
-        }
+        let ended =
+            children::ended(&self.children, worker.as_ref().map(|worker| worker.pid), self.reap_orphans);
         for (pid, status) in ended {
             if worker.as_ref().is_some_and(|worker| worker.pid == pid) {
                 tracing::warn!(pid, status, "the worker ended");
@@ -465,59 +405,9 @@ impl Parent {
     /// Tells the exits that no worker was told; one that has died does not take them with it.
     fn tell_exits(&mut self, worker: &Worker) {
         while let Some(exit) = self.untold.front()
-            && self.tell(worker, exit, &[])
+            && worker.tell(exit, &[])
         {
             self.untold.pop_front();
         }
     }
-
-    fn end_worker(&self, worker: Option<&Worker>) {
-        if let Some(worker) = worker {
-            kill(worker.pid, Signal::SIGTERM);
-        }
-    }
-}
-
-fn poll_in(fd: BorrowedFd<'_>) -> PollFd<'_> {
-    PollFd::new(fd, PollFlags::POLLIN)
-}
-
-fn is_ready(fd: &PollFd<'_>) -> bool {
-    fd.any().unwrap_or(false)
-}
-
-fn has_ended(child: &Child) -> bool {
-    matches!(poll(&mut [poll_in(child.pidfd.as_fd())], PollTimeout::ZERO), Ok(1))
-}
-
-/// Waits until a killed worker is a zombie; otherwise its closed socket would keep the loop busy.
-fn wait_for_end(worker: &Worker) {
-    // EINTR or a time-out only means that the loop comes back here.
-    let _ = poll(&mut [poll_in(worker.pidfd.as_fd())], PollTimeout::from(1000u16));
-}
-
-fn kill(pid: i32, signal: Signal) {
-    // ESRCH: it has ended already, which is what was wanted.
-    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
-}
-
-fn pidfd_of(pid: i32) -> io::Result<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid).ok_or_else(|| io::Error::other("pid 0"))?;
-    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
-}
-
-fn wait_any() -> Option<(i32, i32)> {
-    wait_raw(-1)
-}
-
-fn wait_one(pid: i32) -> Option<(i32, i32)> {
-    wait_raw(pid)
-}
-
-/// wait4(2) without blocking: pid and raw status of a child that has ended.
-fn wait_raw(pid: i32) -> Option<(i32, i32)> {
-    let mut status = 0;
-    // SAFETY: `status` is a valid place for the result and outlives the call.
-    let got = unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) };
-    (got > 0).then_some((got, status))
 }

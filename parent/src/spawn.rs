@@ -25,7 +25,10 @@ pub(crate) fn spawn(spawn: Spawn) -> io::Result<i32> {
     let (names, sources) = lift(&spawn.fds)?;
     let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(spawn.env.iter().cloned()).stdin(Stdio::null());
-    if !names.is_empty() {
+    if names.is_empty() {
+        // The environment may be a copy of a process's that was given fds.
+        command.env_remove(FDS_VARIABLE);
+    } else {
         command.env(FDS_VARIABLE, names);
     }
     if let Some(cwd) = &spawn.cwd {

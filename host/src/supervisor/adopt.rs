@@ -15,7 +15,9 @@ use tokio::task::JoinSet;
 
 use super::guest_setup::{self, Helpers};
 use super::ledger::Ledger;
-use super::processes::{DEVICE_NAME, PASST_NAME, QEMU_NAME, end, file_server_name, has_ended};
+use super::processes::{
+    DEVICE_NAME, PASST_NAME, QEMU_NAME, end, ended, file_server_name, has_ended, is_dying,
+};
 use super::record::{Phase, Record};
 use super::shares::Server;
 use super::start::{self, StartError};
@@ -25,6 +27,8 @@ use super::vm::{Parts, Running, Vm, sentence};
 use crate::config::Paths;
 use crate::forward::Forwards;
 
+/// How long QEMU may take to give its memory back.
+const DYING: std::time::Duration = std::time::Duration::from_secs(10);
 /// How long a process that is of no use any more may take to end.
 const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -55,7 +59,13 @@ pub async fn find(link: &ParentLink, paths: &Paths, restored: &mut Restored, sta
     let mut children = std::mem::take(&mut restored.children);
     children.retain(|child| !has_ended(&child.pidfd));
     adopt_strangers(link, paths, record.as_ref(), &mut children).await;
-    let at = children.iter().position(|child| child.name == QEMU_NAME);
+    if let Some(qemu) = children.iter().find(|child| child.name == QEMU_NAME && is_dying(child.pid)) {
+        tracing::info!(pid = qemu.pid, "QEMU is dying");
+        // Whether or not: it is of no use any more.
+        let _ = tokio::time::timeout(DYING, ended(&qemu.pidfd)).await;
+    }
+    let alive = |child: &SpawnedChild| child.name == QEMU_NAME && !is_dying(child.pid);
+    let at = children.iter().position(alive);
     if let (Some(record), Some(at)) = (&record, at) {
         let qemu = children.swap_remove(at);
         tracing::info!(pid = qemu.pid, phase = ?record.phase, "a VM runs; taking it over");

@@ -183,3 +183,84 @@ impl Guest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use dhow_protocol::codec::{self, CONTROL_LIMIT};
+    use dhow_protocol::control::{FromAgent, ToAgent};
+    use dhow_protocol::hello::HELLO_LEN;
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+    use super::*;
+    use crate::vsock::device::control::{FromDevice, ToDevice};
+
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .unwrap()
+    }
+
+    /// A device and an agent that consents to one stream; returns when the client is gone.
+    fn consent(socket: &OwnedFd, secret: &Secret) {
+        let mut bytes = vec![0; 64 << 10];
+        let (_, length) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+        let request = ToDevice::decode(&bytes[..length]).unwrap();
+        let ToDevice::Open { id, preamble, .. } = request else { panic!("{request:?}") };
+        let hello = Hello::parse(preamble[..HELLO_LEN].try_into().unwrap()).unwrap();
+        let reply = HelloReply::ok().to_bytes(secret, &hello.nonce()).to_vec();
+        let answer = FromDevice::Opened { id, reply }.encode();
+        rustix::net::send(socket, &answer, SendFlags::NOSIGNAL).unwrap();
+        while rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap().1 > 0 {}
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_of_a_dead_device_waits_for_the_next() {
+        let secret = Secret([7; 32]);
+        let (devices, device) = watch::channel(None);
+        let opener = Opener::new(device, secret.clone());
+        let (ours, dead) = pair();
+        devices.send_replace(Some(DeviceClient::new(ours).unwrap()));
+        drop(dead);
+        let opening = tokio::spawn(async move { opener.open(&StreamHeader::Dns, DEADLINE).await.map(drop) });
+        let (ours, theirs) = pair();
+        let serving = std::thread::spawn(move || consent(&theirs, &secret));
+        devices.send_replace(Some(DeviceClient::new(ours).unwrap()));
+        opening.await.unwrap().unwrap();
+        drop(devices);
+        serving.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn without_a_device_the_deadline_holds() {
+        let (_devices, device) = watch::channel(None);
+        let opener = Opener::new(device, Secret([7; 32]));
+        let error = opener.open(&StreamHeader::Dns, Duration::from_millis(10)).await.unwrap_err();
+        assert!(matches!(error, OpenError::Transport(TransportError::DeviceGone)));
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_a_control_stream() {
+        let (_devices, device) = watch::channel(None);
+        let (controls, control) = watch::channel(None);
+        let guest = Guest::new(Opener::new(device, Secret([7; 32])), control);
+        let late = guest.request(ControlRequest::Ping, Duration::from_millis(10)).await;
+        assert!(matches!(late, Err(RequestError::Deadline(_))));
+        let asking = {
+            let guest = guest.clone();
+            tokio::spawn(async move { guest.request(ControlRequest::Ping, DEADLINE).await })
+        };
+        let renewed = tokio::spawn(async move { guest.renewed().await });
+        // So that both wait already.
+        tokio::task::yield_now().await;
+        let (ours, mut agent) = UnixStream::pair().unwrap();
+        let (control, _events) = Control::new(ours);
+        controls.send_replace(Some(Arc::new(control)));
+        let request = codec::read_frame::<ToAgent, _>(&mut agent, CONTROL_LIMIT).await.unwrap().unwrap();
+        let ToAgent::Request { id, .. } = request else { panic!("{request:?}") };
+        let answer = FromAgent::Response { id, result: Ok(ControlResponse::Pong) };
+        codec::write_frame(&mut agent, &answer, CONTROL_LIMIT).await.unwrap();
+        assert_eq!(asking.await.unwrap().unwrap(), ControlResponse::Pong);
+        renewed.await.unwrap();
+    }
+}

@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 
 use super::bundles;
 use super::healing;
-use super::processes::{ended, log_end};
+use super::logs::log_end;
+use super::processes::ended;
 use super::record::{NetworkKind, Phase};
 use super::services;
 use super::shares::{self, Server};

@@ -171,7 +171,9 @@ pub async fn keep_control(vm: Arc<Vm>) {
                 tracing::debug!(error, "the agent does not answer");
                 // A guest that boots is no problem yet; the start has a deadline of its own.
                 if before || vm.ledger.record().phase != super::record::Phase::Starting {
-                    vm.state.problem(TOPIC, Some(format!("the guest's agent does not answer: {error}")));
+                    let hint = "`dhow logs console` may say why";
+                    let problem = format!("the guest's agent does not answer ({hint}): {error}");
+                    vm.state.problem(TOPIC, Some(problem));
                 }
                 pause.wait().await;
             }

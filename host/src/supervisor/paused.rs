@@ -1,5 +1,5 @@
-//! A VM that QEMU has paused because the host's disk is full: says so, and lets it go on when there is
-//! room. Nothing that the guest wrote is lost; the write that did not fit is done then.
+//! A VM that does not run although QEMU does. One that is paused because the host's disk is full goes on
+//! when there is room: nothing that the guest wrote is lost, the write that did not fit is done then.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,26 +15,31 @@ const QMP_DEADLINE: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Bytes that must be free for the VM to go on: with fewer it would be paused again at once.
 const ROOM: u64 = 64 << 20;
-/// What `dhow status` sorts this problem under.
-const TOPIC: &str = "disk";
+/// What `dhow status` sorts these problems under.
+const QEMU: &str = "qemu";
+/// "the last IOP has failed and the device is configured to pause on I/O errors"
+const FULL_DISK: &str = "io-error";
+/// "guest is actively running"
+const RUNNING: &str = "running";
 
-/// Where the VM is paused for want of disk, waits for room and lets it go on; returns at once
-/// otherwise.
-pub async fn go_on(vm: &Vm) {
-    match is_paused(vm).await {
-        Ok(true) => {}
-        Ok(false) => return,
+/// Looks why a guest is silent. Where the VM is paused for want of disk, waits for room and lets it go
+/// on; returns at once otherwise.
+pub async fn look(vm: &Vm) {
+    let state = match run_state(vm).await {
+        Ok(state) => state,
         Err(error) => {
-            tracing::warn!(
-                error = crate::errors::chain(&error),
-                "QEMU does not say whether the VM is paused"
-            );
+            tracing::warn!(error = crate::errors::chain(&error), "QEMU does not say what the VM does");
             return;
         }
+    };
+    if state != FULL_DISK {
+        let problem = (state != RUNNING).then(|| format!("QEMU says that the VM is in state {state:?}"));
+        vm.state.problem(QEMU, problem);
+        return;
     }
     let disk = vm.paths.disk();
     vm.state.problem(
-        TOPIC,
+        QEMU,
         Some(format!(
             "the host's disk is full: the VM is paused and goes on when there are {} MiB free where {} lies",
             ROOM >> 20,
@@ -48,18 +53,23 @@ pub async fn go_on(vm: &Vm) {
             tracing::warn!(error = crate::errors::chain(&error), "the VM cannot go on");
         }
         tokio::time::sleep(LOOK_AGAIN).await;
-        if !is_paused(vm).await.unwrap_or(true) {
+        if run_state(vm).await.is_ok_and(|state| state != FULL_DISK) {
             break;
         }
     }
-    vm.state.problem(TOPIC, None);
+    answers(vm);
 }
 
-async fn is_paused(vm: &Vm) -> Result<bool, QmpError> {
+/// The guest answers, so it runs.
+pub fn answers(vm: &Vm) {
+    vm.state.problem(QEMU, None);
+}
+
+/// QEMU's `RunState` (qapi/run-state.json).
+async fn run_state(vm: &Vm) -> Result<String, QmpError> {
     let mut qmp = Qmp::connect(&vm.paths.qmp_socket(), QMP_DEADLINE).await?;
     let status = qmp.execute("query-status", json!({})).await?;
-    // RunState: "the last IOP has failed and the device is configured to pause on I/O errors".
-    Ok(status["status"] == "io-error")
+    Ok(status["status"].as_str().unwrap_or_default().to_owned())
 }
 
 async fn resume(vm: &Vm) -> Result<(), QmpError> {

@@ -1,9 +1,8 @@
 //! What is spawned through the keeper: the vsock device, passt, file servers, QEMU; and how it ends.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,14 +12,13 @@ use rustix::process::Signal;
 use tokio::io::unix::AsyncFd;
 
 use super::ledger::Ledger;
+use super::logs::{self, log_end};
 use super::state::State;
 use crate::config::{MountSpec, Paths};
 use crate::keeper;
 use crate::qemu::acceleration::{QEMU, find_in_path};
 use crate::qemu::command::Vm;
 
-/// A log is cut to nothing at a start when it is above this, in bytes; one older one is kept.
-const LOG_LIMIT: u64 = 4 << 20;
 /// How long a process may take to make its socket.
 const SOCKET_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -134,7 +132,7 @@ impl Processes<'_> {
         let mut argv = vec![program.display().to_string()];
         argv.extend(vm.arguments());
         let _ = std::fs::remove_file(&vm.qmp_socket);
-        self.fresh_log(&vm.console)?;
+        open_log(&vm.console)?;
         self.spawn(QEMU_NAME, argv, vec![("disk".to_owned(), disk)]).await
     }
 
@@ -155,7 +153,7 @@ impl Processes<'_> {
         argv: Vec<String>,
         fds: Vec<(String, OwnedFd)>,
     ) -> Result<SpawnedChild, ProcessError> {
-        let log = self.fresh_log(&self.paths.log_dir().join(format!("{name}.log")))?;
+        let log = open_log(&self.paths.log_dir().join(format!("{name}.log")))?;
         let copy = |file: &File| {
             file.as_fd().try_clone_to_owned().map_err(|source| ProcessError::File {
                 what: "duplicate the log of",
@@ -183,24 +181,6 @@ impl Processes<'_> {
         Ok(child)
     }
 
-    /// Opens a log for appending; an overlong one is moved aside first.
-    fn fresh_log(&self, path: &Path) -> Result<File, ProcessError> {
-        if path.metadata().is_ok_and(|meta| meta.len() > LOG_LIMIT) {
-            let old = path.with_extension("log.1");
-            std::fs::rename(path, &old).map_err(|source| ProcessError::File {
-                what: "move aside",
-                path: path.to_owned(),
-                source,
-            })?;
-        }
-        OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(|source| ProcessError::File { what: "open", path: path.to_owned(), source })
-    }
-
     async fn wait_for_socket(
         &self,
         name: &'static str,
@@ -221,6 +201,10 @@ impl Processes<'_> {
     }
 }
 
+fn open_log(path: &Path) -> Result<File, ProcessError> {
+    logs::open(path).map_err(|source| ProcessError::File { what: "open", path: path.to_owned(), source })
+}
+
 /// A listening unix socket at `path`, in the place of one that a process left which has ended.
 fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, ProcessError> {
     let make = || -> io::Result<OwnedFd> {
@@ -237,10 +221,40 @@ fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, ProcessError> {
     make().map_err(|source| ProcessError::File { what: "listen on", path: path.to_owned(), source })
 }
 
-/// Whether a signal has stopped the process: proc_pid_stat(5), field 3, "T" or "t".
+/// The fields of proc_pid_stat(5) from the third on: what comes before may hold anything.
+pub fn stat_fields(pid: i32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+/// Whether a signal has stopped the process: field 3, "T" or "t".
 pub fn is_stopped(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 't']))
+    stat_fields(pid).is_some_and(|fields| matches!(fields.first().map(String::as_str), Some("T" | "t")))
+}
+
+/// Whether the process is on its way out, which takes a while where there is much memory to give back:
+/// it has SIGKILL pending, or has begun to exit.
+pub fn is_dying(pid: i32) -> bool {
+    /// `PF_EXITING` of the kernel's linux/sched.h, in field 9.
+    const EXITING: u64 = 0x4;
+    // In this order: what is pending no longer has become the exit.
+    has_pending(pid, libc::SIGKILL)
+        || stat_fields(pid).is_none_or(|fields| {
+            let flags = fields.get(9 - 3).and_then(|flags| flags.parse::<u64>().ok());
+            let is_over = matches!(fields.first().map(String::as_str), Some("Z" | "X"));
+            is_over || flags.is_some_and(|flags| flags & EXITING != 0)
+        })
+}
+
+/// proc_pid_status(5): "SigPnd, ShdPnd: Mask (expressed in hexadecimal) of signals pending for thread and
+/// for process as a whole".
+fn has_pending(pid: i32, signal: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let masks =
+        status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+    masks
+        .filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .any(|mask| mask & (1 << (signal - 1)) != 0)
 }
 
 /// Waits until the process of `pidfd` has ended; it need not be a child of this one.
@@ -281,52 +295,31 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
 }
 
-/// Length of a log in bytes; 0 where there is none.
-pub fn log_length(path: &Path) -> u64 {
-    path.metadata().map_or(0, |meta| meta.len())
-}
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
 
-/// The last `lines` lines of a log, on lines of their own, control characters escaped; empty where
-/// there is none.
-pub fn log_end(path: &Path, lines: usize) -> String {
-    log_end_after(path, 0, lines)
-}
+    use super::*;
 
-/// As [`log_end`], of what follows the first `skipped` bytes.
-pub fn log_end_after(path: &Path, skipped: u64, lines: usize) -> String {
-    /// As many bytes as the lines at the end of a log can be expected to have.
-    const WINDOW: u64 = 16 << 10;
-    let read = || -> io::Result<Vec<u8>> {
-        use std::io::{Read, Seek, SeekFrom};
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(WINDOW).max(skipped)))?;
-        let mut bytes = Vec::new();
-        file.take(WINDOW).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let Ok(bytes) = read() else {
-        return String::new();
-    };
-    let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    if all.is_empty() {
-        return String::new();
+    #[test]
+    fn a_process_is_seen_to_run_to_stand_still_and_to_die() {
+        let mut child = Command::new("/bin/sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(!is_stopped(pid) && !is_dying(pid));
+        let process = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let wait_until = |condition: &dyn Fn() -> bool| {
+            while !condition() && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            condition()
+        };
+        assert!(wait_until(&|| is_stopped(pid)));
+        assert!(!is_dying(pid));
+        child.kill().unwrap();
+        assert!(wait_until(&|| is_dying(pid)));
+        child.wait().unwrap();
+        assert!(is_dying(pid));
     }
-    let end = &all[all.len().saturating_sub(lines)..];
-    let escaped: String = end.iter().flat_map(|line| ["\n  | ".to_owned(), escape(line)]).collect();
-    format!("; the end of {}:{escaped}", path.display())
-}
-
-fn escape(line: &str) -> String {
-    line.chars()
-        .flat_map(|character| {
-            let escaped: Box<dyn Iterator<Item = char>> = if character.is_control() && character != '\t' {
-                Box::new(character.escape_default())
-            } else {
-                Box::new(std::iter::once(character))
-            };
-            escaped
-        })
-        .collect()
 }

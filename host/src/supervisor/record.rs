@@ -13,7 +13,7 @@ use dhow_parent::SpawnedChild;
 use dhow_protocol::codec;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::processes::{QEMU_NAME, has_ended};
+use super::processes::{QEMU_NAME, has_ended, is_dying, stat_fields};
 use crate::config::{MountSpec, Paths};
 
 /// Largest record in bytes; a share takes about 100.
@@ -185,7 +185,8 @@ impl Record {
 
     /// Whether its QEMU lives.
     pub fn runs(&self) -> bool {
-        self.processes.iter().any(|process| process.name == QEMU_NAME && process.find().is_some())
+        let mut qemu = self.processes.iter().filter(|process| process.name == QEMU_NAME);
+        qemu.any(|process| process.find().is_some_and(|qemu| !is_dying(qemu.pid)))
     }
 
     /// Pids of its processes that live.
@@ -203,7 +204,7 @@ impl Record {
 }
 
 impl ProcessRecord {
-    /// The process, where it still lives.
+    /// The process, where it is there: it may be dying.
     pub fn find(&self) -> Option<SpawnedChild> {
         let pid = Pid::from_raw(self.pid)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
@@ -213,11 +214,9 @@ impl ProcessRecord {
     }
 }
 
-/// When a process started, in clock ticks since the host's boot.
+/// When a process started, in clock ticks since the host's boot: field 22.
 fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 2 is the name in parentheses, which may hold anything; field 3 follows its end.
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+    stat_fields(pid)?.get(22 - 3)?.parse().ok()
 }
 
 #[cfg(test)]

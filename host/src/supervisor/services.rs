@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::guest::{OPEN_DEADLINE, Opener};
+use super::logs;
 use super::paused;
 use super::state::State;
 use super::vm::Vm;
@@ -78,7 +79,8 @@ pub fn learn_daemon(state: &State, status: DaemonStatus) {
     state.learn_daemon(status);
 }
 
-/// Tells the guest the time, and learns from it whether the guest answers.
+/// Tells the guest the time, and learns from it whether the guest answers. What else is to be looked at
+/// now and then is looked at by the same wakeup.
 async fn tell_time(vm: Arc<Vm>) {
     const TOPIC: &str = "silence";
     loop {
@@ -87,14 +89,16 @@ async fn tell_time(vm: Arc<Vm>) {
         let pause = match vm.guest.request(request, PING_DEADLINE).await {
             Ok(_) => {
                 vm.state.problem(TOPIC, None);
+                paused::answers(&vm);
                 CLOCK_PERIOD
             }
             Err(error) => {
                 vm.state.problem(TOPIC, Some(crate::errors::chain(&error)));
-                paused::go_on(&vm).await;
+                paused::look(&vm).await;
                 ASK_AGAIN
             }
         };
+        logs::bound(&vm.paths.log_dir());
         tokio::time::sleep(pause).await;
     }
 }

@@ -13,11 +13,14 @@ use super::state::State;
 use super::vm::{Running, Vm};
 use crate::config::Paths;
 use crate::docker;
+use crate::qemu::qmp::{Qmp, QmpError};
 
 /// How long the guest may take to end its containers, write back and power off.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the agent may take to say that it begins.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// How long QEMU may take for one command.
+const QMP_DEADLINE: Duration = Duration::from_secs(3);
 /// How long QEMU may take to write back and end.
 const QEMU_GRACE: Duration = Duration::from_secs(5);
 /// How long those may take that end by themselves when QEMU has gone.
@@ -51,8 +54,14 @@ async fn power_off(vm: &Vm, tasks: &mut JoinSet<()>, state: &State) {
     };
     if let Err(error) = answer {
         let error = crate::errors::chain(&error);
-        state.notice(format!("the guest did not take the stop ({error}); ending it"));
-        return;
+        if let Err(no_button) = press_power_button(vm).await {
+            let no_button = crate::errors::chain(&no_button);
+            state.notice(format!("the guest did not take the stop ({error}; {no_button}); ending it"));
+            return;
+        }
+        state.notice(format!(
+            "the guest's agent did not take the stop ({error}); its power button is pressed"
+        ));
     }
     // What ends from here on is not to be brought back. Streams that are open go on in their processes.
     tasks.shutdown().await;
@@ -62,6 +71,12 @@ async fn power_off(vm: &Vm, tasks: &mut JoinSet<()>, state: &State) {
             POWER_OFF_DEADLINE.as_secs()
         ));
     }
+}
+
+/// The way past the agent: PID 1 powers off as it would when asked.
+async fn press_power_button(vm: &Vm) -> Result<(), QmpError> {
+    let mut qmp = Qmp::connect(&vm.paths.qmp_socket(), QMP_DEADLINE).await?;
+    qmp.execute("system_powerdown", serde_json::json!({})).await.map(drop)
 }
 
 /// Ends every process of the record and of `others`, QEMU first, then removes the record.

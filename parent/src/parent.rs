@@ -324,8 +324,7 @@ impl Parent {
             }
             // As above, with messages that it has not read.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                kill(worker.pid, Signal::SIGKILL);
-                wait_for_end(worker);
+                worker.kill();
                 return false;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,

@@ -3,7 +3,7 @@
 use dhow_guest_tool::{Pattern, Summary};
 use nix::sys::signal::Signal;
 
-use crate::harness::{Pty, SOON, Vm, cases, wait_for};
+use dhow_tests::{Pty, SOON, Vm, cases, wait_for};
 
 cases![Shared: exec_has_status_and_streams, exec_takes_input_to_its_end, exec_keeps_arguments, exec_passes_signals_on,
     exec_in_a_shared_folder, exec_moves_much, exec_many_at_once, exec_of_nothing_that_exists, shell_is_on_a_terminal,

@@ -10,10 +10,10 @@ use std::time::Duration;
 use dhow_guest_tool::Pattern;
 use nix::sys::signal::Signal;
 
-use crate::harness::command::{Cmd, Running};
-use crate::harness::net::{ask, check_echo, free_port, local};
-use crate::harness::settings::in_path;
-use crate::harness::{Vm, cases, process, wait_for, wait_until};
+use dhow_tests::command::{Cmd, Running};
+use dhow_tests::net::{ask, check_echo, free_port, local};
+use dhow_tests::settings::in_path;
+use dhow_tests::{Vm, cases, process, wait_for, wait_until};
 
 cases![Shared: kill_the_supervisor, kill_the_keeper, kill_the_device, kill_the_file_server, kill_the_worker,
     kill_all_but_qemu, stop_and_continue_each, a_worker_that_always_dies_is_told;
@@ -41,7 +41,7 @@ fn repetitions() -> u32 {
 /// What runs while something is killed: a container, a server in the guest, a program that writes to the share.
 struct Life<'a> {
     vm: &'a Vm,
-    container: crate::harness::container::Container<'a>,
+    container: dhow_tests::container::Container<'a>,
     begun: String,
     port: u16,
 }
@@ -284,7 +284,7 @@ fn a_worker_that_always_dies_is_told(vm: &Vm) {
         if status["state"] == "degraded" && !problem.is_empty() { Ok(()) } else { Err(status.to_string()) }
     });
     // A restart needs no help from the worker.
-    vm.dhow(&["restart"]).deadline(crate::harness::vm::START * 2).run().exits(0);
+    vm.dhow(&["restart"]).deadline(dhow_tests::vm::START * 2).run().exits(0);
     vm.install_tool();
     vm.docker(&["version"]).ok();
 }
@@ -348,18 +348,8 @@ fn kill_qemu() {
     let vm = Vm::new();
     vm.start(&[]);
     vm.import_image();
-    vm.docker(&[
-        "run",
-        "-d",
-        "--name",
-        "keep",
-        "--restart",
-        "always",
-        crate::harness::IMAGE,
-        "sleep",
-        "100000",
-    ])
-    .ok();
+    vm.docker(&["run", "-d", "--name", "keep", "--restart", "always", dhow_tests::IMAGE, "sleep", "100000"])
+        .ok();
     // Docker does not fsync that it has started a container; a cut a moment later would find it not started.
     vm.sh("sync").ok();
     for _ in 0..repetitions() {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use dhow_guest_tool::{Pattern, Summary};
 
-use crate::harness::command::Cmd;
-use crate::harness::vm::run_folder;
-use crate::harness::{IMAGE, Pty, SOON, Settings, Vm, cases, wait_for};
+use dhow_tests::command::Cmd;
+use dhow_tests::vm::run_folder;
+use dhow_tests::{IMAGE, Pty, SOON, Settings, Vm, cases, wait_for};
 
 cases![Shared: version_and_context, run_has_status_and_streams, run_on_a_terminal, exec_on_a_terminal, build_both_ways,
     logs_follow, copy_both_ways, events_come, attach_with_half_close, attach_in_turns, load_200_mb, many_short_containers];

@@ -5,10 +5,10 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use crate::harness::command::{Cmd, Output};
-use crate::harness::settings::in_path;
-use crate::harness::vm::START;
-use crate::harness::{SOON, Settings, Vm, cases, wait_for};
+use dhow_tests::command::{Cmd, Output};
+use dhow_tests::settings::in_path;
+use dhow_tests::vm::START;
+use dhow_tests::{SOON, Settings, Vm, cases, wait_for};
 
 cases![Own: no_qemu, no_image, a_damaged_image, mount_paths_that_do_not_work, bad_sizes, an_unknown_key,
     a_kernel_that_is_none, a_guest_that_panics, a_guest_that_never_answers, no_room_for_the_start,

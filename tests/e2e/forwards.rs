@@ -6,12 +6,12 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use dhow_guest_tool::{Pattern, Summary};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::harness::command::Running;
-use crate::harness::net::{
+use dhow_tests::command::Running;
+use dhow_tests::net::{
     accepts, ask, ask_at, check_download, check_echo, check_upload, connect, free_port, local, own_address,
     read_all,
 };
-use crate::harness::{SOON, TOOL, Vm, cases, wait_for, wait_until};
+use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
 
 cases![Shared: a_published_port_serves_on_the_loopback_alone, sizes_both_ways, fifty_connections_at_once,
     half_close_from_either_side, a_reset_stays_a_reset, a_guest_that_refuses_is_a_reset, a_port_in_use_is_told,

@@ -1,7 +1,7 @@
 //! Start, stop, restart and delete: what lasts, what goes, and what is left.
 
-use crate::harness::settings::in_path;
-use crate::harness::{IMAGE, SOON, Vm, cases, process, wait_until};
+use dhow_tests::settings::in_path;
+use dhow_tests::{IMAGE, SOON, Vm, cases, process, wait_until};
 
 cases![Shared: a_start_is_idempotent, a_second_profile_beside;
     Own: from_the_first_start_to_the_last_deletion, two_starts_at_once, a_start_that_is_interrupted,
@@ -71,7 +71,7 @@ fn from_the_first_start_to_the_last_deletion() {
     assert_kept(&vm);
     assert_eq!(vm.docker(&["volume", "ls", "-q"]).ok(), "volume");
 
-    vm.dhow(&["restart"]).deadline(crate::harness::vm::START * 2).run().exits(0);
+    vm.dhow(&["restart"]).deadline(dhow_tests::vm::START * 2).run().exits(0);
     assert_kept(&vm);
 
     // Without --force it asks, and nobody answers.
@@ -140,7 +140,7 @@ fn without_passt_there_is_slirp() {
     let answer = vm.docker_run(&[], &["nslookup", "localhost"]).run().text();
     assert!(answer.contains("127.0.0.1"), "{answer}");
     // Out it goes: the gateway is QEMU's, which reaches this host's network.
-    let listener = std::net::TcpListener::bind((crate::harness::net::own_address(), 0)).unwrap();
+    let listener = std::net::TcpListener::bind((dhow_tests::net::own_address(), 0)).unwrap();
     let address = listener.local_addr().unwrap();
     let accepting = std::thread::spawn(move || listener.accept().map(drop));
     let script = format!("nc -w 5 {} {} </dev/null", address.ip(), address.port());

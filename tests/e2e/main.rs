@@ -11,7 +11,6 @@ mod crash;
 mod docker;
 mod failures;
 mod forwards;
-mod harness;
 mod lifecycle;
 mod mounts;
 mod network;
@@ -20,7 +19,7 @@ mod unprivileged;
 
 use std::process::ExitCode;
 
-use harness::{Body, Case, report, shared, vm};
+use dhow_tests::{Body, Case, report, shared, vm};
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{SigSet, Signal};
 

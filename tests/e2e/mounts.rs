@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use dhow_guest_tool::{Pattern, Summary};
 
-use crate::harness::command::Cmd;
-use crate::harness::vm::{READ_ONLY, run_folder};
-use crate::harness::{SOON, Settings, TOOL, Vm, cases, wait_for, wait_until};
+use dhow_tests::command::Cmd;
+use dhow_tests::vm::{READ_ONLY, run_folder};
+use dhow_tests::{SOON, Settings, TOOL, Vm, cases, wait_for, wait_until};
 
 cases![Shared: the_same_files_at_the_same_path, a_container_sees_edits_of_the_host, operations_of_the_guest,
     rename_with_flags, large_files_both_ways, many_files_both_ways, odd_names, an_open_file_that_is_removed,

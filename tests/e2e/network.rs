@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::harness::net::{local, own_address, try_connect};
-use crate::harness::settings::in_path;
-use crate::harness::{Vm, cases};
+use dhow_tests::net::{local, own_address, try_connect};
+use dhow_tests::settings::in_path;
+use dhow_tests::{Vm, cases};
 
 cases![Shared: names_of_the_hosts_file, a_server_of_the_hosts_network, the_hosts_loopback_is_closed,
     names_of_dhow, containers_reach_each_other; Own: names_proxies_and_name_servers_of_the_host];
@@ -200,7 +200,7 @@ fn names_proxies_and_name_servers_of_the_host() {
     vm.command(&in_path("unshare").expect("unshare"))
         .args(["--mount", "sh", "-c", &script, "sh"])
         .args(line)
-        .deadline(crate::harness::vm::START)
+        .deadline(dhow_tests::vm::START)
         .run()
         .exits(0);
     vm.import_image();
@@ -213,7 +213,7 @@ fn names_proxies_and_name_servers_of_the_host() {
     assert!(answer.contains("NXDOMAIN"), "{answer}");
     // The hosts file is read again when it changes; in place, since the mount is of this very file.
     std::fs::write(&hosts, "127.0.0.1 localhost\n10.9.8.8 db.corp.test db\n").unwrap();
-    crate::harness::wait_until("the new address", crate::harness::SOON, || {
+    dhow_tests::wait_until("the new address", dhow_tests::SOON, || {
         lookup(&vm, "db.corp.test").contains("Address: 10.9.8.8")
     });
 

@@ -4,8 +4,8 @@ use std::os::unix::process::CommandExt;
 use std::panic::catch_unwind;
 use std::time::Duration;
 
-use crate::harness::command::Cmd;
-use crate::harness::{Pty, cases, process, report, vm};
+use dhow_tests::command::Cmd;
+use dhow_tests::{Pty, cases, process, report, vm};
 
 cases![Own: deadlines_end_a_command_with_its_children, failures_tell_the_command, kept_pipes_are_noticed,
     leftovers_are_found_and_ended, a_terminal_is_one];

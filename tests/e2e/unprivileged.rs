@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use crate::harness::net::free_port;
-use crate::harness::{SOON, Vm, cases, wait_for};
+use dhow_tests::net::free_port;
+use dhow_tests::{SOON, Vm, cases, wait_for};
 
 cases![Own: an_ordinary_user];
 
@@ -37,7 +37,7 @@ fn an_ordinary_user() {
     let container = vm.container(&["-p", &publish[0], "-p", &publish[1]], &["sh", "-c", script]);
     wait_for("the page", SOON, || {
         use std::io::{Read, Write};
-        let mut stream = crate::harness::net::connect(crate::harness::net::local(port));
+        let mut stream = dhow_tests::net::connect(dhow_tests::net::local(port));
         let mut page = String::new();
         let got = stream.write_all(b"GET / HTTP/1.0\r\n\r\n").and_then(|()| stream.read_to_string(&mut page));
         if page.ends_with("served\n") { Ok(()) } else { Err(format!("{got:?} {page:?}")) }

@@ -73,6 +73,7 @@ impl Vm {
     ///
     /// # Panics
     /// When a file of the suite is missing, or the home cannot be made.
+    #[allow(clippy::new_without_default)] // it makes files
     pub fn new() -> Self {
         let settings = Settings::get();
         let folder = run_folder().join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());

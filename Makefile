@@ -5,7 +5,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 timed = @setup/timed.sh
 CASES ?=
 
-.PHONY: run test check setup build image guest-tool test-units test-e2e soak fuzz clean
+.PHONY: run test check setup build image guest-tool test-units test-e2e soak bench-transport fuzz clean
 
 run: setup build image
 	$(timed) "dhow start, docker build, docker run" setup/hello.sh
@@ -42,6 +42,11 @@ soak: setup build image guest-tool
 # Fuzz targets for what a guest can feed, FUZZ_SECONDS (300) each; needs `cargo install cargo-fuzz`.
 fuzz: setup
 	$(timed) "fuzz" tests/fuzz/run.sh
+
+# The way into the guest beside ssh -L, QEMU's hostfwd and bare vsock: a table, in some twenty minutes.
+bench-transport: setup build image guest-tool
+	$(timed) "what the bench needs" setup/bench-tools.sh
+	$(timed) "transport bench" cargo bench --quiet --package dhow-tests --bench transport
 
 # What needs no VM: form, lints on both targets, documentation, licences.
 check: setup

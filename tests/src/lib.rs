@@ -8,6 +8,7 @@ pub mod pty;
 pub mod report;
 pub mod settings;
 pub mod shared;
+pub mod table;
 pub mod vm;
 pub mod wait;
 

@@ -6,7 +6,7 @@ mod serve;
 
 use std::io;
 
-const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT
+const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
        guest-tool records write|check FILE
        guest-tool rename exchange|noreplace FROM TO
        guest-tool pattern SEED SIZE";

@@ -1,9 +1,11 @@
-//! A TCP server whose client says in its first line what is to be done:
+//! A server over TCP, or over vsock, whose client says in its first line what is to be done:
 //!
 //! ```text
 //! echo               every byte back, until the client's end
 //! sink               read to the client's end, then answer "SIZE DIGEST\n"
 //! source SIZE SEED   send that much of the pattern, then end
+//! drain              read to the client's end, then answer "SIZE\n": no digest slows that down
+//! flood MS WRITE     send zeros in writes of that many bytes for that many milliseconds, then end
 //! close-first        answer "bye\n", end this side, read on; print "close-first SIZE DIGEST"
 //! reset              reset the connection
 //! expect-reset       answer "ready\n", read on; print how the client ended: "reset" or "end"
@@ -11,26 +13,81 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use dhow_guest_tool::{Pattern, Summary};
 
 const CHUNK: usize = 64 << 10;
+/// What a drain reads at once, and the most that a flood writes at once.
+const BULK: usize = 1 << 20;
 const LINE_LIMIT: usize = 128;
+const BACKLOG: i32 = 128;
 
-/// Serves for ever; a thread a connection.
+/// Serves for ever; a thread a connection. `address` is "IP:PORT" or "vsock:PORT".
 pub fn serve(address: &str) -> io::Result<()> {
-    let listener = TcpListener::bind(address)?;
+    let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    match address.strip_prefix("vsock:") {
+        Some(port) => {
+            let listener = vsock_listener(port.parse().map_err(wrong)?)?;
+            serve_each(|| vsock_accept(&listener))
+        }
+        None => {
+            let listener = TcpListener::bind(address)?;
+            serve_each(|| {
+                let (stream, _) = listener.accept()?;
+                // As servers that answer small requests do.
+                stream.set_nodelay(true)?;
+                Ok(stream)
+            })
+        }
+    }
+}
+
+fn serve_each(accept: impl Fn() -> io::Result<TcpStream>) -> io::Result<()> {
     say("listening");
-    for stream in listener.incoming() {
-        let stream = stream?;
+    loop {
+        let stream = accept()?;
         std::thread::spawn(move || {
             if let Err(error) = connection(stream) {
                 say(&format!("connection failed: {error}"));
             }
         });
     }
-    Ok(())
+}
+
+/// Listens on a vsock port (vsock(7)) of this guest.
+fn vsock_listener(port: u32) -> io::Result<OwnedFd> {
+    // SAFETY: the call has no pointers.
+    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: it was just made, and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zeros is a valid `sockaddr_vm`.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    address.svm_port = port;
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
+    // SAFETY: the pointer and the size are those of a live `sockaddr_vm`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) })?;
+    // SAFETY: the call has no pointers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) })?;
+    Ok(socket)
+}
+
+/// The next connection, as a stream whose reads, writes and half-close are those of any socket.
+fn vsock_accept(listener: &OwnedFd) -> io::Result<TcpStream> {
+    let none = std::ptr::null_mut();
+    // SAFETY: null pointers ask for no address.
+    let fd = check(unsafe {
+        libc::accept4(listener.as_raw_fd(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+    })?;
+    // SAFETY: it was just made, and nobody else knows it.
+    Ok(TcpStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Prints a line at once: standard output may be a pipe.
@@ -46,7 +103,7 @@ fn connection(mut stream: TcpStream) -> io::Result<()> {
     match words.as_slice() {
         ["echo"] => {
             let mut from = stream.try_clone()?;
-            copy(&mut from, |bytes| stream.write_all(bytes))?;
+            copy(&mut from, CHUNK, |bytes| stream.write_all(bytes))?;
             stream.shutdown(Shutdown::Write)
         }
         ["sink"] => {
@@ -56,6 +113,23 @@ fn connection(mut stream: TcpStream) -> io::Result<()> {
         ["source", size, seed] => {
             let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
             send(&mut stream, seed.parse().map_err(wrong)?, size.parse().map_err(wrong)?)
+        }
+        ["drain"] => {
+            let mut size = 0;
+            copy(&mut stream, BULK, |bytes| {
+                size += bytes.len();
+                Ok(())
+            })?;
+            stream.write_all(format!("{size}\n").as_bytes())
+        }
+        ["flood", milliseconds, write] => {
+            let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+            let until = Instant::now() + Duration::from_millis(milliseconds.parse().map_err(wrong)?);
+            let zeros = vec![0; write.parse::<usize>().map_err(wrong)?.clamp(1, BULK)];
+            while Instant::now() < until {
+                stream.write_all(&zeros)?;
+            }
+            stream.shutdown(Shutdown::Write)
         }
         ["close-first"] => {
             stream.write_all(b"bye\n")?;
@@ -93,8 +167,8 @@ fn line(stream: &mut TcpStream) -> io::Result<String> {
     Err(io::Error::other("the first line is too long"))
 }
 
-fn copy(from: &mut TcpStream, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
-    let mut chunk = vec![0; CHUNK];
+fn copy(from: &mut TcpStream, at_once: usize, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut chunk = vec![0; at_once];
     loop {
         match from.read(&mut chunk)? {
             0 => return Ok(()),
@@ -105,7 +179,7 @@ fn copy(from: &mut TcpStream, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io
 
 fn summary(stream: &mut TcpStream) -> io::Result<String> {
     let mut summary = Summary::default();
-    copy(stream, |bytes| {
+    copy(stream, CHUNK, |bytes| {
         summary.update(bytes);
         Ok(())
     })?;

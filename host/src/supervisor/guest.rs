@@ -228,7 +228,8 @@ mod tests {
         devices.send_replace(Some(DeviceClient::new(ours).unwrap()));
         opening.await.unwrap().unwrap();
         drop(devices);
-        serving.join().unwrap();
+        // The client's own tasks must go on for it to leave.
+        tokio::task::spawn_blocking(move || serving.join().unwrap()).await.unwrap();
     }
 
     #[tokio::test]

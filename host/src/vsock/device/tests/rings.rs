@@ -114,7 +114,7 @@ fn receive_buffers_that_make_no_sense_are_passed_over() {
     guest.start();
     let memory = guest.memory.memory();
     let end = MEMORY as u64;
-    let bad: [(u64, u32, u16, u16); 9] = [
+    let bad: [(u64, u32, u16, u16); 8] = [
         (end, 4096, WRITE, 0),
         (end - 10, 4096, WRITE, 0),
         (u64::MAX, 4096, WRITE, 0),
@@ -123,7 +123,6 @@ fn receive_buffers_that_make_no_sense_are_passed_over() {
         (FREE, 4096, 0, 0),
         (FREE, 40, WRITE | NEXT, 5),
         (FREE, 15, INDIRECT, 0),
-        (FREE, u32::MAX, WRITE, 0),
     ];
     for (index, (addr, len, flags, next)) in bad.iter().enumerate() {
         let index = index as u16 + 100;
@@ -134,7 +133,10 @@ fn receive_buffers_that_make_no_sense_are_passed_over() {
     // They are looked at when something must be sent; they come back empty, and a good one is used.
     let open = ToDevice::Open { id: 1, guest_port: 1, reply_len: 0, deadline_ms: 600_000, preamble: vec![] };
     super::super::control_socket::send(&guest.control, &open.encode(), None).unwrap();
-    guest.turn();
+    // The supervisor is accepted, is heard, and its packet goes out.
+    for _ in 0..3 {
+        guest.turn();
+    }
     for (index, chain) in bad.iter().enumerate() {
         let memory = guest.memory.memory();
         let used = guest.rx.take_used(&memory);

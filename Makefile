@@ -39,7 +39,7 @@ guest-tool: setup
 soak: setup build image guest-tool
 	$(timed) "soak" env DHOW_SOAK=$${DHOW_SOAK:-20} cargo test --quiet --package dhow-tests --test e2e -- crash::
 
-# Fuzz targets for what a guest can feed, FUZZ_SECONDS (300) each; needs `cargo install cargo-fuzz`.
+# Fuzz targets for what a guest can feed, FUZZ_SECONDS (300) each; `tests/fuzz/run.sh keep` keeps what they found.
 fuzz: setup
 	$(timed) "fuzz" tests/fuzz/run.sh
 

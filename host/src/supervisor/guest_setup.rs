@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use super::bundles;
 use super::healing;
 use super::logs::log_end;
+use super::paused;
 use super::processes::ended;
 use super::record::{NetworkKind, Phase};
 use super::services;
@@ -91,6 +92,7 @@ pub async fn finish(
             let console = log_end(&console, CONSOLE_LINES);
             return Err(StartError::QemuEnded(format!("{log}{console}")));
         }
+        () = paused::full_disk(vm) => return Err(StartError::FullDisk(vm.paths.disk())),
     }
     vm.ledger.change(|record| record.phase = Phase::Started);
     Ok(())

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::control::Control;
 use super::network;
+use super::paused;
 use super::processes::{ProcessError, ended, has_ended};
 use super::services;
 use super::vm::Vm;
@@ -174,6 +175,7 @@ pub async fn keep_control(vm: Arc<Vm>) {
                     let hint = "`dhow logs console` may say why";
                     let problem = format!("the guest's agent does not answer ({hint}): {error}");
                     vm.state.problem(TOPIC, Some(problem));
+                    paused::look(&vm).await;
                 }
                 pause.wait().await;
             }

@@ -60,6 +60,17 @@ pub async fn look(vm: &Vm) {
     answers(vm);
 }
 
+/// Waits until the VM is paused for want of disk: a start that waits for such a guest is told so instead.
+pub async fn full_disk(vm: &Vm) {
+    loop {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        // QEMU's end is looked for elsewhere.
+        if run_state(vm).await.is_ok_and(|state| state == FULL_DISK) {
+            return;
+        }
+    }
+}
+
 /// The guest answers, so it runs.
 pub fn answers(vm: &Vm) {
     vm.state.problem(QEMU, None);

@@ -76,6 +76,9 @@ pub enum StartError {
     /// QEMU ended while the guest was coming up.
     #[error("QEMU ended while the guest was coming up{0}")]
     QemuEnded(String),
+    /// The data disk cannot grow.
+    #[error("the host's disk is full: no space is left for {}", .0.display())]
+    FullDisk(PathBuf),
     /// The guest did not come up.
     #[error("the guest did not come up within {seconds} s{console}")]
     Boot {
@@ -106,6 +109,7 @@ impl StartError {
             Self::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 "make room on the disk and start again"
             }
+            Self::FullDisk(_) => "make room on the disk and start again",
             Self::DiskInUse(_) => {
                 "a QEMU that nobody knows of may still run (`pgrep -a qemu`): when it has ended, start again"
             }

@@ -78,6 +78,7 @@ impl Ways {
 
         let servers = [local(server), local(by_ssh), local(by_hostfwd), bare.address];
         for (way, address) in WAYS.iter().zip(servers) {
+            eprintln!("{way}: {address}");
             wait_for(&format!("{way}, to answer"), SOON, || answers(address));
         }
         wait_until("docker by ssh", SOON, || socket.exists());

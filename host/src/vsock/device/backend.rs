@@ -39,12 +39,16 @@ pub struct Backend {
     guest_cid: u64,
     memory: GuestMemoryAtomic<Memory>,
     reactor: Reactor,
+    /// Where the guest's two rings were left, as numbers of their next chains.
+    left_at: [u16; 2],
+    /// Rings were stopped since, and by whom will be seen when they go on.
+    stopped: bool,
 }
 
 impl Backend {
     /// A device for the guest with that CID.
     pub fn new(guest_cid: u64, memory: GuestMemoryAtomic<Memory>, reactor: Reactor) -> Self {
-        Self { guest_cid, memory, reactor }
+        Self { guest_cid, memory, reactor, left_at: [0; 2], stopped: false }
     }
 
     /// The reactor's epoll set.
@@ -72,8 +76,12 @@ impl Backend {
         let now = Instant::now();
         let mut more = false;
         if Self::running(rx) && Self::running(tx) {
+            if std::mem::take(&mut self.stopped) && self.left_at != next_chains(rx, tx) {
+                self.reactor.muxer.guest_stopped();
+            }
             more |= self.drain(&mut tx.get_mut());
             more |= self.pump(&mut rx.get_mut(), now);
+            self.left_at = next_chains(rx, tx);
         }
         self.reactor.finish(now);
         if more {
@@ -141,6 +149,10 @@ impl Backend {
     }
 }
 
+fn next_chains(rx: &VringMutex, tx: &VringMutex) -> [u16; 2] {
+    [rx, tx].map(|vring| vring.get_ref().get_queue().next_avail())
+}
+
 fn signal(state: &mut VringState<GuestMemoryAtomic<Memory>>, memory: &Memory, used: bool) {
     // On an error the guest is told: an interrupt too many does no harm.
     if used
@@ -198,12 +210,11 @@ impl VhostUserBackendMut for Backend {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
     }
 
-    /// GET_VRING_BASE: the driver is reset, the guest reboots or the device is unplugged.
+    /// GET_VRING_BASE: the VM is paused, or the driver is reset. The message does not say which. A VM that goes on
+    /// does so where its rings were left, and knows its connections; a driver that starts anew begins at 0, and knows
+    /// none. At an unplug the process ends.
     fn stop_vring(&mut self, queue: u32) -> io::Result<()> {
-        if queue as usize == RX || queue as usize == TX {
-            self.reactor.muxer.guest_stopped();
-            self.reactor.finish(Instant::now());
-        }
+        self.stopped |= queue as usize == RX || queue as usize == TX;
         Ok(())
     }
 

@@ -134,7 +134,7 @@ pub fn connection(data: &[u8]) {
     rest(&guest);
     // The guest reboots, the clients leave and the supervisor ends.
     drop(ends);
-    guest.backend.stop_vring(0).expect("stopped");
+    guest.backend.reset_device();
     guest.control = guest.connect();
     for _ in 0..20 {
         guest.turn();

@@ -320,14 +320,52 @@ fn an_fd_that_is_no_stream_socket_is_refused() {
     assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 2, reason: Reason::BadFd });
 }
 
+/// What QEMU does around a pause and a driver's reset: both rings stop; returns where they were.
+fn stop_rings(guest: &mut Guest) -> [u16; 2] {
+    [0, 1].map(|ring: u16| {
+        let vring = &guest.vrings[usize::from(ring)];
+        vring.set_queue_ready(false);
+        let next = vring.queue_next_avail();
+        guest.backend.stop_vring(ring.into()).unwrap();
+        next
+    })
+}
+
+fn start_rings(guest: &mut Guest, bases: [u16; 2]) {
+    for (vring, base) in guest.vrings.iter().zip(bases) {
+        vring.set_queue_next_avail(base);
+        vring.set_queue_ready(true);
+    }
+}
+
+/// A paused VM knows its connections when it goes on, and what came meanwhile is carried then.
 #[test]
-fn a_stopped_driver_closes_every_fd() {
+fn a_pause_cuts_nobody() {
+    let mut guest = Guest::new();
+    let (stream, mut ours) = guest.open_pair(1);
+    let bases = stop_rings(&mut guest);
+    ours.write_all(b"meanwhile").unwrap();
+    for _ in 0..5 {
+        guest.turn();
+    }
+    assert!(!guest.busy(), "a paused guest makes the device spin");
+    start_rings(&mut guest, bases);
+    assert_eq!(guest.expect(Op::Rw).1, b"meanwhile");
+    guest.send(stream.header(Op::Rw), b"alive", &[]);
+    let mut got = [0; 5];
+    ours.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"alive");
+}
+
+#[test]
+fn a_driver_that_starts_anew_closes_every_fd() {
     let mut guest = Guest::new();
     let (_, ours) = guest.open_pair(1);
     guest.open(2, &[], 0);
     guest.answer();
-    guest.vrings[0].set_queue_ready(false);
-    guest.backend.stop_vring(0).unwrap();
+    stop_rings(&mut guest);
+    start_rings(&mut guest, [0; 2]);
+    guest.turn();
     assert_eq!(guest.answer(), FromDevice::Failed { id: 2, reason: Reason::DeviceReset });
     assert_eq!(read_to_end(&mut guest, &ours), b"");
     assert_eq!(guest.connections(), 0);

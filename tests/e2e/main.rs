@@ -56,10 +56,6 @@ fn clean_up_on_signals() {
     });
 }
 
-/// Cases of faults that are known and not mended yet; they run where DHOW_KNOWN_FAULTS is set.
-const KNOWN_FAULTS: [&str; 3] =
-    ["failures::a_guest_that_panics", "failures::no_room_for_docker", "failures::a_host_disk_that_fills_up"];
-
 fn main() -> ExitCode {
     clean_up_on_signals();
     let mut arguments = Arguments::from_args();
@@ -69,10 +65,6 @@ fn main() -> ExitCode {
     let loud = arguments.quiet;
     report::install();
     let mut cases = cases();
-    if std::env::var_os("DHOW_KNOWN_FAULTS").is_none() {
-        eprintln!("left out, as faults that are known (DHOW_KNOWN_FAULTS=1 runs them): {KNOWN_FAULTS:?}");
-        cases.retain(|case| !KNOWN_FAULTS.contains(&case.name.as_str()));
-    }
     if let Some(filters) = arguments.filter.take_if(|filter| filter.contains('|')) {
         cases.retain(|case| filters.split('|').any(|filter| case.name.contains(filter)));
     }

@@ -7,8 +7,9 @@
 //! ```
 //! One task serves both directions. Small pieces are copied, out of one buffer that all relays of the
 //! thread share: it is filled only when there is something to read, and only what the other side does
-//! not take at once is kept. Bulk data is spliced (`pipe.rs`), which saves the kernel one of two copies
-//! and carried 1.4 times as much into an emulated guest, 1.6 times out of it. A silent relay has neither buffer nor pipe.
+//! not take at once is kept. Bulk data is spliced (`pipe.rs`), which saves the kernel one of two copies and
+//! carried 1.4 times as much into an emulated guest, 1.6 times out of it. A silent relay has neither buffer
+//! nor pipe.
 
 use std::future::poll_fn;
 use std::io;

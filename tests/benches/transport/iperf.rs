@@ -20,5 +20,6 @@ pub fn sample(address: SocketAddr, direction: Direction) -> f64 {
     }
     let report = client.ok();
     let report: serde_json::Value = serde_json::from_str(&report).expect("iperf3's report");
-    report["end"]["sum_received"]["bits_per_second"].as_f64().expect("a rate") / 1e6
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    rate.unwrap_or_else(|| panic!("iperf3 by {address}: {}", report["error"])) / 1e6
 }

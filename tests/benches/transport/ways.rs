@@ -81,6 +81,8 @@ impl Ways {
             eprintln!("{way}: {address}");
             wait_for(&format!("{way}, to answer"), SOON, || answers(address));
         }
+        let iperf = [iperf_by_dhow, iperf_by_ssh, iperf_by_hostfwd];
+        eprintln!("iperf3 by dhow, ssh -L and hostfwd: ports {iperf:?}");
         wait_until("docker by ssh", SOON, || socket.exists());
         Self {
             servers,

@@ -11,8 +11,8 @@ use super::stream::Stream;
 pub(super) const CHUNK: usize = 128 << 10;
 /// With less than that at once, copying is cheaper than a pipe.
 const BULK: usize = 64 << 10;
-/// Chunks after which other tasks have their turn.
-const TURN: usize = 8;
+/// Bytes after which other relays have their turn: some milliseconds' worth in an emulated guest.
+const TURN: usize = 128 << 10;
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
@@ -53,7 +53,8 @@ impl Direction {
         back_done: bool,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
-        for _ in 0..TURN {
+        let mut carried = 0;
+        while carried < TURN {
             if !self.done {
                 ready!(self.write_rest(to, cx));
             }
@@ -71,6 +72,7 @@ impl Direction {
             match length? {
                 Some(length) => {
                     self.carried += length as u64;
+                    carried += length;
                     self.bulk = length >= BULK;
                     self.ended = length == 0;
                 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
 /// Bytes that a pipe holds.
-pub(super) const CAPACITY: usize = 256 << 10;
+pub(super) const CAPACITY: usize = 128 << 10;
 /// Empty pipes that are kept for the next bulk transfer of this thread.
 const KEPT: usize = 16;
 

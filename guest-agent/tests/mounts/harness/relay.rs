@@ -45,6 +45,11 @@ impl Relay {
         self.armed.store(true, Ordering::SeqCst);
     }
 
+    /// Whether either side has ended it.
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().any(std::thread::JoinHandle::is_finished)
+    }
+
     /// Cuts it, wherever in a frame it may be.
     pub fn cut(&mut self) {
         for end in &self.ends {

@@ -36,7 +36,7 @@ pub(super) struct Direction {
     /// Read and not yet written, of bulk data.
     pub pipe: Option<Pipe>,
     /// Whether much came at once the last time.
-    bulk: bool,
+    pub bulk: bool,
     /// The source has ended.
     ended: bool,
     /// The source will not change any more.
@@ -65,19 +65,12 @@ impl Direction {
             if self.done {
                 return Poll::Ready(Ok(()));
             }
-            let length = match self.bulk && !self.plain {
-                true => ready!(self.splice(from, cx)),
-                false => ready!(self.copy(from, to, cx)).map(Some),
-            };
-            match length? {
-                Some(length) => {
-                    self.carried += length as u64;
-                    carried += length;
-                    self.bulk = length >= BULK;
-                    self.ended = length == 0;
-                }
-                None => self.plain = true,
-            }
+            let spliced = if self.bulk && !self.plain { self.splice(from)? } else { 0 };
+            let length = if spliced > 0 { spliced } else { ready!(self.copy(from, to, cx))? };
+            self.carried += length as u64;
+            carried += length;
+            self.bulk = length >= BULK;
+            self.ended = length == 0;
             if self.ended && !back_done && from.is_reset() {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
             }
@@ -130,31 +123,33 @@ impl Direction {
         Poll::Ready(())
     }
 
-    /// Takes one chunk into the pipe; `None` when that cannot be done.
-    fn splice(&mut self, from: &Stream, cx: &mut Context<'_>) -> Poll<io::Result<Option<usize>>> {
+    /// Takes one chunk into the pipe; 0 where a read must tell: nothing is there, or the end, or what splice(2)
+    /// does not pass, such as an urgent byte (tcp(7)), in front of which it says either.
+    fn splice(&mut self, from: &Stream) -> io::Result<usize> {
         let pipe = match &mut self.pipe {
             Some(pipe) => pipe,
             none => match Pipe::take() {
                 Ok(pipe) => none.insert(pipe),
                 Err(error) => {
                     tracing::debug!(%error, "no pipe for a forwarded connection: it is copied");
-                    return Poll::Ready(Ok(None));
+                    self.plain = true;
+                    return Ok(0);
                 }
             },
         };
-        loop {
-            match pipe.fill(from) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if from.poll_readable(cx)?.is_pending() {
-                        self.put_pipe_back();
-                        return Poll::Pending;
-                    }
-                }
-                // "One or both file descriptors are not valid" for it (splice(2)).
-                Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Poll::Ready(Ok(None)),
-                result => return Poll::Ready(result.map(Some)),
+        let filled = match pipe.fill(from) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            // "One or both file descriptors are not valid" for it (splice(2)).
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                self.plain = true;
+                Ok(0)
             }
+            result => result,
+        };
+        if !matches!(filled, Ok(1..)) {
+            self.put_pipe_back();
         }
+        filled
     }
 
     /// Reads one chunk, and keeps what the sink does not take at once.

@@ -105,6 +105,33 @@ async fn the_servers_half_close_travels_and_the_host_goes_on() {
     within(relaying).await.unwrap().unwrap();
 }
 
+/// splice(2) stops in front of an urgent byte (tcp(7), "MSG_OOB") as if there were nothing, or the end.
+#[tokio::test]
+async fn what_follows_urgent_data_is_not_lost() {
+    use rustix::net::SendFlags;
+    use std::io::Write;
+    for end_first in [false, true] {
+        let (agent, mut host) = pair();
+        let (client, server) = tcp_pair().await;
+        let mut server = server.into_std().unwrap();
+        let urgent = rustix::net::send(&server, b"!", SendFlags::OOB).unwrap();
+        server.write_all(b"after it").unwrap();
+        if end_first {
+            server.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let mut bulk = Direction::default();
+        bulk.bulk = true;
+        let relaying = tokio::spawn(run(agent, client, Direction::default(), bulk));
+        let mut got = [0; 8];
+        within(host.read_exact(&mut got)).await.unwrap();
+        assert_eq!((urgent, &got), (1, b"after it"));
+        server.shutdown(std::net::Shutdown::Write).unwrap();
+        send(&mut host, b"").await;
+        assert_eq!(receive(&mut host).await, b"");
+        within(relaying).await.unwrap().unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_slow_reader_loses_nothing_and_holds_its_writer_up() {
     let (mut host, server, relaying) = host_and_server().await;

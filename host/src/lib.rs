@@ -6,7 +6,6 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod docker;
-pub mod errors;
 pub mod files;
 pub mod fileserver;
 pub mod forward;
@@ -15,3 +14,5 @@ pub mod keeper;
 pub mod qemu;
 pub mod supervisor;
 pub mod vsock;
+
+pub use dhow_protocol::errors;

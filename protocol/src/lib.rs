@@ -14,6 +14,7 @@ pub mod boot;
 pub mod bundle;
 pub mod codec;
 pub mod control;
+pub mod errors;
 pub mod exec;
 pub mod files;
 pub mod hello;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use dhow_protocol::codec::{self, CodecError, DATA_CHUNK, DATA_LIMIT};
+use dhow_protocol::errors::chain;
 use dhow_protocol::exec::{ExecInput, ExecOutput, ExitStatus, STDIN_WINDOW};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
@@ -14,7 +15,6 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::process::{self, Exit, Group, StartError, Stdio};
 use super::{Prepared, pipes, pty};
-use crate::serve::chain;
 use crate::serve::stream::Stream;
 
 /// How long output may be silent after the command's end while something else still holds its ends.

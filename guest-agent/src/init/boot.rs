@@ -1,5 +1,6 @@
 //! The order of the boot's steps.
 
+use dhow_protocol::errors::chain;
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::io;
@@ -69,7 +70,7 @@ pub(crate) fn boot() -> Result<Parent, InitError> {
     log::to_file(&firmware.config.log_filter);
     super::power_off_on_panic();
     for error in missing {
-        tracing::info!(error = super::error::chain(&error), "this kernel lacks a filesystem");
+        tracing::info!(error = chain(&error), "this kernel lacks a filesystem");
     }
     for (module, error) in left_out {
         tracing::info!(%error, module = %module.display(), "a kernel module was left out");

@@ -11,12 +11,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use dhow_protocol::boot::DATA_DISK_SERIAL;
+use dhow_protocol::errors::chain;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
 use super::console;
 use super::disk::{self, Content, Superblock};
-use super::error::{InitError, chain};
+use super::error::InitError;
 use super::program;
 
 const DATA: &str = "/data";

@@ -1,6 +1,5 @@
 //! Why the guest could not boot, in sentences for its console.
 
-use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -80,20 +79,10 @@ impl InitError {
     }
 }
 
-/// An error and its causes in one line, each once.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
+    use dhow_protocol::errors::chain;
+
     use super::*;
 
     #[test]

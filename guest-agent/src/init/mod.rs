@@ -28,6 +28,7 @@ mod program;
 mod root;
 mod settings;
 
+use dhow_protocol::errors::chain;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ pub fn main() -> ExitCode {
     let mut parent = match boot::boot() {
         Ok(parent) => parent,
         Err(error) => {
-            console::error(&format!("cannot boot: {}", error::chain(&error)));
+            console::error(&format!("cannot boot: {}", chain(&error)));
             power::off(None)
         }
     };

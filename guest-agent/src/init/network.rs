@@ -6,10 +6,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use dhow_protocol::boot::{BootConfig, NetworkConfig};
+use dhow_protocol::errors::chain;
 use netlink_packet_route::link::LinkMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
-use super::error::{InitError, chain};
+use super::error::InitError;
 
 const INTERFACES: &str = "/sys/class/net";
 const LOOPBACK: &str = "lo";

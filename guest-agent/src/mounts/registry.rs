@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dhow_parent::ParentLink;
 use dhow_protocol::control::MountRequest;
+use dhow_protocol::errors::chain;
 use tokio::runtime::Handle;
 
 use super::device::{self, Device};
@@ -285,16 +286,4 @@ fn device_name(number: &str) -> String {
 
 fn state_name(number: &str) -> String {
     format!("{HELD}{number}{HELD_STATE}")
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

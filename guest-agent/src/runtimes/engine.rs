@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use dhow_parent::{Exit, SpawnedChild};
 use dhow_protocol::control::{DaemonStatus, Event};
+use dhow_protocol::errors::chain;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinSet;
 
@@ -19,7 +20,6 @@ use super::log::Log;
 use super::manifest::{DaemonSpec, Manifest, is_name};
 use super::store::{Digest, Role};
 use super::supervise::{Daemon, Plan, Stop};
-use super::text::chain;
 
 /// How long a runtime may take to answer before the way back is taken. A host that waits 240 s
 /// for the start learns of it.

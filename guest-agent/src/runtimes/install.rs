@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use dhow_protocol::bundle::{BundleAnswer, BundleOffer, BundleResult};
 use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
+use dhow_protocol::errors::chain;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::manifest::{Manifest, ManifestError, is_name, is_version};
 use super::mount::Mount;
 use super::receive::{ReceiveError, receive};
 use super::store::{Digest, Role, Store};
-use super::text::{chain, escape, mebibytes};
+use super::text::{escape, mebibytes};
 
 /// Longest `bundle.toml`, in bytes.
 const MANIFEST_LIMIT: u64 = 64 << 10;

@@ -315,7 +315,7 @@ mod tests {
         ] {
             let error = match parse(&text) {
                 Ok(manifest) => panic!("{text}\nwas taken as {manifest:?}"),
-                Err(error) => crate::runtimes::text::chain(&error),
+                Err(error) => dhow_protocol::errors::chain(&error),
             };
             assert!(error.contains(named), "{text}\n{error}");
         }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use dhow_parent::{Exit, SpawnedChild};
 use dhow_protocol::control::{DaemonState, DaemonStatus, Event};
+use dhow_protocol::errors::chain;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::child::Child;
@@ -158,7 +159,7 @@ impl Task {
         loop {
             self.set(DaemonState::Starting);
             let child = match adopted.take() {
-                Some(child) => Child::new(child).map_err(|error| text::chain(&error)),
+                Some(child) => Child::new(child).map_err(|error| chain(&error)),
                 None => self.spawn().await,
             };
             let reason = match child {
@@ -204,10 +205,10 @@ impl Task {
         plan.log.bound();
         self.log_begin = plan.log.length();
         let request = launch::request(&plan.name, &plan.spec, &plan.environment, &plan.log)
-            .map_err(|error| text::chain(&error))?;
-        let child = plan.launch.spawn(request).await.map_err(|error| text::chain(&error))?;
+            .map_err(|error| chain(&error))?;
+        let child = plan.launch.spawn(request).await.map_err(|error| chain(&error))?;
         tracing::info!(name = plan.spec.name, pid = child.pid, "daemon started");
-        Child::new(child).map_err(|error| text::chain(&error))
+        Child::new(child).map_err(|error| chain(&error))
     }
 
     /// Follows the running child until it ends or is to be stopped.
@@ -316,7 +317,7 @@ impl Task {
         copy(&end.source, &config.file)?;
         child.signal(rustix::process::Signal::HUP);
         loop {
-            let answer = ready::get(&ready.socket, &end.path).await.map_err(|error| text::chain(&error))?;
+            let answer = ready::get(&ready.socket, &end.path).await.map_err(|error| chain(&error))?;
             if answer.windows(end.text.len()).any(|window| window == end.text.as_bytes()) {
                 return Ok(());
             }

@@ -1,7 +1,4 @@
-//! Sentences for people: what comes from daemons is made harmless, causes follow their error.
-
-use std::error::Error;
-use std::fmt::Write;
+//! Sentences for people: what comes from daemons is made harmless.
 
 /// `text` with its control characters as escapes, at most about `limit` bytes of it.
 #[must_use]
@@ -19,19 +16,6 @@ pub fn escape(text: &str, limit: usize) -> String {
         }
     }
     safe
-}
-
-/// `error` and its causes, joined by colons.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Bytes for a person, in MiB, rounded up.

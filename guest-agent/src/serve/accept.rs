@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dhow_protocol::HOST_CID;
+use dhow_protocol::errors::chain;
 use dhow_protocol::hello::{Secret, Status};
 use dhow_protocol::stream::StreamHeader;
 use tokio::sync::Semaphore;
@@ -14,7 +15,6 @@ use tokio_vsock::VsockListener;
 
 use super::hello::{self, Answer};
 use super::stream::Stream;
-use crate::serve::chain;
 
 /// How much is taken in at once.
 #[derive(Debug, Clone, Copy)]

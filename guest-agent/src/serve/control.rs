@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
 use dhow_protocol::control::{ControlError, ControlRequest, ControlResponse, Event, FromAgent, ToAgent};
+use dhow_protocol::errors::chain;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::chain;
 use super::stream::Stream;
 
 /// Requests under way at once; further ones fail.

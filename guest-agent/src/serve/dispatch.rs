@@ -3,15 +3,16 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use dhow_protocol::errors::chain;
 use dhow_protocol::hello::Status;
 use dhow_protocol::stream::StreamHeader;
 
 use super::connect::{self, Refusal};
 use super::control::Control;
 use super::hello::Answer;
+use super::relay;
 use super::requests::Requests;
 use super::stream::Stream;
-use super::{chain, relay};
 use crate::dns::Dns;
 use crate::exec;
 use crate::mounts::Mounts;

@@ -23,7 +23,6 @@ pub mod stream;
 pub(crate) mod testing;
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
@@ -35,6 +34,7 @@ use dhow_parent::{ParentError, ParentLink, Restored};
 use dhow_protocol::boot::BootConfig;
 use dhow_protocol::codec::{self, CodecError};
 use dhow_protocol::control::Event;
+use dhow_protocol::errors::chain;
 use dhow_protocol::hello::Secret;
 use tokio::sync::broadcast;
 use tokio_vsock::VsockListener;
@@ -197,16 +197,4 @@ fn read_at_start(fd: &OwnedFd, bytes: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// `error` and its causes, by colons.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }

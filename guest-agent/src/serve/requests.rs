@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use dhow_parent::ParentLink;
 use dhow_protocol::control::{ControlError, ControlRequest, ControlResponse, GuestInfo};
+use dhow_protocol::errors::chain;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::clock::Clock;
 use super::control::Handler;
-use super::{chain, info};
+use super::info;
 use crate::mounts::Mounts;
 use crate::runtimes::Runtimes;
 

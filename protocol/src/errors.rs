@@ -1,4 +1,4 @@
-//! An error and its causes as one text.
+//! An error and its causes as one text: what a log has, and what one side tells the other.
 
 use std::error::Error;
 

@@ -303,8 +303,12 @@ fn lock_disk(paths: &Paths) -> Result<Option<OwnedFd>, KeeperError> {
     }
 }
 
-/// Opens (and makes) a file and takes its flock; `None` where somebody else has that.
-fn open_locked(path: &Path) -> Result<Option<OwnedFd>, KeeperError> {
+/// Opens (and makes) a file and takes its flock, held as long as the fd is open; `None` where somebody
+/// else has that.
+///
+/// # Errors
+/// As open(2) and flock(2).
+pub fn open_locked(path: &Path) -> Result<Option<OwnedFd>, KeeperError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)

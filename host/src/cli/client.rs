@@ -225,8 +225,10 @@ pub async fn keeper_ended(paths: &Paths, deadline: Duration) -> bool {
         .into_iter()
         .filter_map(|pid| pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok())
         .collect();
+    // Somebody who listens when all of them have ended is the next keeper, which another command has begun.
+    let all_ended = || !processes.is_empty() && processes.iter().all(has_ended);
     let closed = async {
-        while diagnosis::somebody_listens(paths) {
+        while diagnosis::somebody_listens(paths) && !all_ended() {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     };

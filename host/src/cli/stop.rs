@@ -13,6 +13,7 @@ use super::progress::Display;
 use crate::api::{ApiReply, ApiRequest};
 use crate::config::Paths;
 use crate::docker;
+use crate::keeper;
 use crate::supervisor::{self, Record, has_ended};
 
 /// How long the host's processes may take to end, once the VM is down.
@@ -106,7 +107,13 @@ async fn kill(paths: &Paths) -> Result<bool, CommandError> {
     if tokio::time::timeout(KILL_DEADLINE, ended).await.is_err() {
         return Err(still_there(paths, KILL_DEADLINE));
     }
-    // What the supervisor and the keeper would have done at their end.
+    // What the supervisor and the keeper would have done at their end, unless another command has begun a
+    // new keeper: files are that one's then.
+    let Some(_lock) = keeper::open_locked(&paths.keeper_lock())
+        .map_err(|error| CommandError::other(crate::errors::chain(&error), "the VM has ended; try again"))?
+    else {
+        return if keepers.is_empty() { Err(still_there(paths, KILL_DEADLINE)) } else { Ok(true) };
+    };
     for notice in docker::deactivate(paths.profile().as_str(), &supervisor::context_file(paths)).await {
         say(&format!("notice: {}", escape(&notice)));
     }

@@ -39,10 +39,11 @@ pub struct Helpers {
     pub servers: Vec<(u32, Server)>,
 }
 
-/// Starts what keeps the VM's processes and the control stream.
+/// Starts what keeps the VM's processes, the control stream and the logs' bounds.
 pub fn heal(tasks: &mut JoinSet<()>, vm: &Arc<Vm>, helpers: &mut Helpers) {
     tasks.spawn(healing::keep_device(Arc::clone(vm), helpers.device.take()));
     tasks.spawn(healing::keep_control(Arc::clone(vm)));
+    tasks.spawn(services::bound_logs(Arc::clone(vm)));
     if let NetworkKind::Passt { reconnects } = vm.ledger.record().network {
         tasks.spawn(healing::keep_passt(Arc::clone(vm), helpers.passt.take(), reconnects));
     }

@@ -77,6 +77,8 @@ pub fn log_end_after(path: &Path, skipped: u64, lines: usize) -> String {
         use std::io::{Read, Seek, SeekFrom};
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
+        // Cut since then: all of it is new.
+        let skipped = if length < skipped { 0 } else { skipped };
         file.seek(SeekFrom::Start(length.saturating_sub(WINDOW).max(skipped)))?;
         let mut bytes = Vec::new();
         file.take(WINDOW).read_to_end(&mut bytes)?;
@@ -145,5 +147,7 @@ mod tests {
         std::fs::write(&path, "old\none\n\n\x1b[2Jtwo\r\n").unwrap();
         assert!(log_end_after(&path, noted, 5).ends_with(":\n  | one\n  | \\u{1b}[2Jtwo"));
         assert!(!log_end(&path, 1).contains("one"));
+        // It was cut, and says something again.
+        assert!(log_end_after(&path, 1000, 5).contains("two"));
     }
 }

@@ -71,6 +71,11 @@ pub async fn full_disk(vm: &Vm) {
     }
 }
 
+/// Whether the VM does not run, so that nothing that is asked of the guest can happen.
+pub async fn stands_still(vm: &Vm) -> bool {
+    run_state(vm).await.is_ok_and(|state| state != RUNNING)
+}
+
 /// The guest answers, so it runs.
 pub fn answers(vm: &Vm) {
     vm.state.problem(QEMU, None);

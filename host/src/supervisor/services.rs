@@ -24,6 +24,8 @@ const DOCKER_SOCKET: &str = "/run/docker.sock";
 const REOPEN: Duration = Duration::from_millis(200);
 /// How often the guest is told the time; it slews in between.
 const CLOCK_PERIOD: Duration = Duration::from_secs(10);
+/// How often the sizes of logs are looked at.
+const LOG_PERIOD: Duration = Duration::from_secs(10);
 /// How soon a guest that was silent is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long the guest may take to answer that it lives.
@@ -79,8 +81,15 @@ pub fn learn_daemon(state: &State, status: DaemonStatus) {
     state.learn_daemon(status);
 }
 
-/// Tells the guest the time, and learns from it whether the guest answers. What else is to be looked at
-/// now and then is looked at by the same wakeup.
+/// Keeps the logs bounded, whether or not the guest answers: it fills its console's as fast as it likes.
+pub async fn bound_logs(vm: Arc<Vm>) {
+    loop {
+        logs::bound(&vm.paths.log_dir());
+        tokio::time::sleep(LOG_PERIOD).await;
+    }
+}
+
+/// Tells the guest the time, and learns from it whether the guest answers.
 async fn tell_time(vm: Arc<Vm>) {
     const TOPIC: &str = "silence";
     loop {
@@ -98,7 +107,6 @@ async fn tell_time(vm: Arc<Vm>) {
                 ASK_AGAIN
             }
         };
-        logs::bound(&vm.paths.log_dir());
         tokio::time::sleep(pause).await;
     }
 }

@@ -6,6 +6,7 @@ use dhow_parent::SpawnedChild;
 use dhow_protocol::control::ControlRequest;
 use tokio::task::JoinSet;
 
+use super::paused;
 use super::processes::{QEMU_NAME, end, ended};
 use super::record::{Phase, Record};
 use super::start::context_file;
@@ -54,6 +55,10 @@ async fn power_off(vm: &Vm, tasks: &mut JoinSet<()>, state: &State) {
     };
     if let Err(error) = answer {
         let error = crate::errors::chain(&error);
+        if paused::stands_still(vm).await {
+            state.notice(format!("the VM is paused and cannot power off ({error}); ending it"));
+            return;
+        }
         if let Err(no_button) = press_power_button(vm).await {
             let no_button = crate::errors::chain(&no_button);
             state.notice(format!("the guest did not take the stop ({error}; {no_button}); ending it"));

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `run.sh` runs every fuzz target for FUZZ_SECONDS (300) of one core, beginning with its seeds; a finding is left in
-# artifacts/ and fails the run. `run.sh keep` makes the smallest set of inputs that covers what was found the seeds.
+# `run.sh` runs every fuzz target for FUZZ_SECONDS (300) of one core, beginning with the inputs that are kept in seeds/;
+# a finding is left in artifacts/ and fails the run. `run.sh keep` keeps the smallest set of inputs that covers what was
+# found.
 set -euo pipefail
 cd "$(dirname "$0")"
 readonly VERSION=0.13.2
@@ -12,24 +13,24 @@ if ! command -v cargo-fuzz >/dev/null; then
 fi
 # The flags of sanitizers and coverage are unstable; the toolchain need not be.
 export RUSTC_BOOTSTRAP=1
-case ${1:-run} in
-run)
-    for target in "${TARGETS[@]}"; do
-        mkdir -p "corpus/$target" "seeds/$target"
-        cargo fuzz run --fuzz-dir . "$target" "corpus/$target" "seeds/$target" -- \
+for target in "${TARGETS[@]}"; do
+    mkdir -p "corpus/$target"
+    [[ ! -e seeds/$target.tar.zst ]] || tar --zstd --extract --skip-old-files --file "seeds/$target.tar.zst" --directory corpus
+    case ${1:-run} in
+    run)
+        cargo fuzz run --fuzz-dir . "$target" "corpus/$target" -- \
             -max_total_time="${FUZZ_SECONDS:-300}" -timeout=60 -rss_limit_mb=4096 -print_final_stats=1
-    done
-    ;;
-keep)
-    for target in "${TARGETS[@]}"; do
-        cp "seeds/$target/"* "corpus/$target/" 2>/dev/null || true
+        ;;
+    keep)
         cargo fuzz cmin --fuzz-dir . "$target" "corpus/$target"
-        rm -rf "seeds/$target"
-        cp -r "corpus/$target" "seeds/$target"
-    done
-    ;;
-*)
-    echo "usage: run.sh [run|keep]" >&2
-    exit 2
-    ;;
-esac
+        # One archive each: a thousand files of some bytes. The same inputs make the same archive.
+        mkdir -p seeds
+        tar --zstd --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --file "seeds/$target.tar.zst" \
+            --directory corpus "$target"
+        ;;
+    *)
+        echo "usage: run.sh [run|keep]" >&2
+        exit 2
+        ;;
+    esac
+done

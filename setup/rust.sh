@@ -7,7 +7,8 @@ source setup/lib.sh
 
 if ! PATH=$PATH:$HOME/.cargo/bin command -v cargo >/dev/null; then
     lists
-    if apt-cache show rustup >/dev/null 2>&1; then
+    # (`apt-cache show` is content with a name that another package merely mentions.)
+    if apt-get -qq --simulate install rustup >/dev/null 2>&1; then
         apt install -y rustup
     else
         python3 -m venv build/tools/python

@@ -13,18 +13,17 @@ if ! PATH=$PATH:$HOME/.cargo/bin command -v cargo >/dev/null; then
     else
         python3 -m venv build/tools/python
         build/tools/python/bin/pip -q install puccinialin
-        # It prints the environment of what it installs: a rustup of its own, made the user's by a link.
-        build/tools/python/bin/python -m puccinialin --location build/tools/rust --info-json build/tools/rust.json >/dev/null
+        # A rustup of its own, made the user's by links. It tries what it installed, which must not be the
+        # toolchain of this checkout: that one comes below.
+        RUSTUP_TOOLCHAIN=stable build/tools/python/bin/python -m puccinialin \
+            --location build/tools/rust >/dev/null
         mkdir -p "$HOME/.cargo/bin"
-        home=$(python3 -c 'import json; print(json.load(open("build/tools/rust.json"))["cargo_home"])')
-        for program in "$home"/bin/*; do
-            [[ -e $HOME/.cargo/bin/${program##*/} ]] || ln -s "$(realpath "$program")" "$HOME/.cargo/bin/"
-        done
+        ln -sf "$PWD"/build/tools/rust/cargo/bin/* "$HOME/.cargo/bin/"
     fi
 fi
 export PATH=$PATH:$HOME/.cargo/bin
-# The first call fetches the pinned toolchain.
-cargo --version >/dev/null || {
+# The first call fetches the pinned toolchain, unless rustup was told to fetch nothing by itself.
+cargo --version >/dev/null 2>&1 || rustup toolchain install || {
     echo "setup: no Rust toolchain $(sed -n 's/^channel = //p' rust-toolchain.toml); install it with rustup" >&2
     exit 1
 }

@@ -18,6 +18,9 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; CHUNK]);
 }
 
+/// Reads over which the mean of their sizes is taken, roughly.
+const MEMORY: usize = 16;
+
 /// One direction and what is under way in it.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
@@ -37,6 +40,10 @@ pub(super) struct Direction {
     pub pipe: Option<Pipe>,
     /// Whether much came at once the last time.
     pub bulk: bool,
+    /// Mean of what came at once lately, in bytes.
+    pub mean: usize,
+    /// The last read took all: the next one waits until there is more.
+    empty: bool,
     /// The source has ended.
     ended: bool,
     /// The source will not change any more.
@@ -70,6 +77,7 @@ impl Direction {
             self.carried += length as u64;
             carried += length;
             self.bulk = length >= BULK;
+            self.mean = self.mean - self.mean / MEMORY + length / MEMORY;
             self.ended = length == 0;
             if self.ended && !back_done && from.is_reset() {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
@@ -93,6 +101,11 @@ impl Direction {
             }
         }
         Ok(())
+    }
+
+    /// What it waited for was told to another reactor: it looks by itself again.
+    pub(super) fn look_again(&mut self) {
+        self.empty = false;
     }
 
     fn write_rest(&mut self, to: &Stream, cx: &mut Context<'_>) -> Poll<()> {
@@ -156,14 +169,18 @@ impl Direction {
     fn copy(&mut self, from: &Stream, to: &Stream, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         BUFFER.with_borrow_mut(|buffer| {
             let length = loop {
+                if self.empty {
+                    // Its readiness is cleared before the read, so that what comes after it is told anew.
+                    ready!(from.poll_readable(cx))?;
+                    self.empty = false;
+                }
                 match from.try_read(buffer) {
                     Ok(length) => break length,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready!(from.poll_readable(cx))?
-                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.empty = true,
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             };
+            self.empty = length < buffer.len() && from.short_reads_take_all();
             if length > 0 {
                 match to.try_write(&buffer[..length]) {
                     Ok(taken) => self.rest.extend_from_slice(&buffer[taken..length]),

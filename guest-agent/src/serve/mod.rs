@@ -8,6 +8,7 @@
 //! ```
 
 mod accept;
+mod bulk_lane;
 mod clock;
 mod connect;
 mod control;
@@ -47,9 +48,9 @@ use crate::runtimes::{self, Runtimes};
 
 /// Largest boot configuration in bytes.
 const BOOT_LIMIT: u64 = 1 << 20;
-/// Tasks that have their turn before sockets are looked at again. A bulk relay always has more to do; with tokio's
-/// 61 a small request waited 61 of its turns, and that was 0.4 s beside eight bulk streams.
-const TURNS: u32 = 2;
+/// Tasks that have their turn before sockets are looked at again. With tokio's 61 a small request waited for 61 turns
+/// of relays that are just becoming bulk.
+const TURNS: u32 = 8;
 /// Events that a slow host may be behind.
 const EVENTS: usize = 256;
 
@@ -77,7 +78,7 @@ enum ServeError {
 pub fn main() -> ExitCode {
     init::exempt_from_oom();
     let served = dhow_parent::inherited_fds().map_err(ServeError::from).and_then(|inherited| {
-        // One thread: the work is moving bytes, and a second one would only contend with dockerd.
+        // One thread but for bulk data: the work is moving bytes, and more would only contend with dockerd.
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         runtime.enable_all().event_interval(TURNS).build()?.block_on(serve(inherited))
     });

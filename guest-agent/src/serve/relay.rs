@@ -10,13 +10,27 @@
 //! not take at once is kept. Bulk data is spliced (`pipe.rs`), which saves the kernel one of two copies and
 //! carried 1.4 times as much into an emulated guest, 1.6 times out of it. A silent relay has neither buffer
 //! nor pipe.
+//!
+//! While bulk data goes through it, a relay is on a thread for such ones (`bulk_lane.rs`), so that small requests
+//! need not wait for its turns.
+//!
+//! A sockmap would join both sockets in the kernel, but loses or hoards: Linux (6.12) grants vsock's credit before
+//! the data has a place to go (`virtio_transport_read_skb`), and what is redirected waits in a queue without a
+//! limit, of which a half-close knows nothing (`sk_psock_skb_redirect`).
 
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::task::Poll;
 
+use super::bulk_lane;
 use super::direction::Direction;
 use super::stream::Stream;
+
+/// From this mean size of reads on, in bytes, a relay carries bulk data.
+const HEAVY: usize = 32 << 10;
+/// Below this one it does no longer.
+const LIGHT: usize = 8 << 10;
 
 /// Bytes that went from the first side to the second, and back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,35 +46,119 @@ pub struct Carried {
 /// # Errors
 /// One side failed or was reset; the other was cut then.
 pub async fn relay(first: Stream, second: Stream) -> io::Result<Carried> {
-    run(first, second, Direction::default(), Direction::default()).await
+    let mut relay = Relay::new(first, second);
+    loop {
+        relay = match relay.run(Lane::Quick).await {
+            Step::Ended(ended) => return ended,
+            Step::Leaves(relay) => relay,
+        };
+        relay = match bulk_lane::run(relay).await {
+            Step::Ended(ended) => return ended,
+            Step::Leaves(relay) => relay,
+        };
+    }
 }
 
-async fn run(
+/// For which relays a thread is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Those that carry little at once.
+    Quick,
+    /// Those that carry much.
+    Bulk,
+    /// All: there is no other thread.
+    Only,
+}
+
+impl Lane {
+    /// Whether a relay that reads `mean` bytes at once belongs elsewhere.
+    fn is_left_at(self, mean: usize) -> bool {
+        match self {
+            Self::Quick => mean >= HEAVY,
+            Self::Bulk => mean < LIGHT,
+            Self::Only => false,
+        }
+    }
+}
+
+/// What became of a relay on a lane.
+#[derive(Debug)]
+pub(super) enum Step<R = Relay> {
+    /// Both directions have ended, or it was cut.
+    Ended(io::Result<Carried>),
+    /// It goes on elsewhere.
+    Leaves(R),
+}
+
+/// Two sockets of this thread's reactor, and what is under way between them.
+#[derive(Debug)]
+pub(super) struct Relay {
     first: Stream,
     second: Stream,
-    mut there: Direction,
-    mut back: Direction,
-) -> io::Result<Carried> {
-    let carried = poll_fn(|cx| {
-        // Both are polled, whatever the first one says.
-        let one = there.poll(&first, &second, back.done, cx)?;
-        let other = back.poll(&second, &first, there.done, cx)?;
-        match (one, other) {
-            (Poll::Ready(()), Poll::Ready(())) => return Poll::Ready(Ok(())),
-            (Poll::Ready(()), Poll::Pending) => there.watch(&first, cx)?,
-            (Poll::Pending, Poll::Ready(())) => back.watch(&second, cx)?,
-            (Poll::Pending, Poll::Pending) => {}
+    there: Direction,
+    back: Direction,
+}
+
+/// A relay on its way to another thread's reactor.
+#[derive(Debug)]
+pub(super) struct Moving {
+    sockets: [OwnedFd; 2],
+    there: Direction,
+    back: Direction,
+}
+
+impl Relay {
+    fn new(first: Stream, second: Stream) -> Self {
+        Self { first, second, there: Direction::default(), back: Direction::default() }
+    }
+
+    /// Carries until the end, or until it belongs on another lane.
+    pub(super) async fn run(mut self, lane: Lane) -> Step {
+        let Self { first, second, there, back } = &mut self;
+        let carried = poll_fn(|cx| {
+            // Both are polled, whatever the first one says.
+            let one = there.poll(first, second, back.done, cx)?;
+            let other = back.poll(second, first, there.done, cx)?;
+            match (one, other) {
+                (Poll::Ready(()), Poll::Ready(())) => return Poll::Ready(Ok(true)),
+                (Poll::Ready(()), Poll::Pending) => there.watch(first, cx)?,
+                (Poll::Pending, Poll::Ready(())) => back.watch(second, cx)?,
+                (Poll::Pending, Poll::Pending) => {}
+            }
+            if lane.is_left_at(there.mean.max(back.mean)) { Poll::Ready(Ok(false)) } else { Poll::Pending }
+        });
+        let ended: io::Result<bool> = carried.await;
+        if let Ok(false) = ended {
+            return Step::Leaves(self);
         }
-        Poll::Pending
-    });
-    let carried: io::Result<()> = carried.await;
-    match carried.err().or(there.failed).or(back.failed) {
-        None => Ok(Carried { there: there.carried, back: back.carried }),
-        Some(error) => {
-            first.cut();
-            second.cut();
-            Err(error)
-        }
+        let Self { first, second, there, back } = self;
+        Step::Ended(match ended.err().or(there.failed).or(back.failed) {
+            None => Ok(Carried { there: there.carried, back: back.carried }),
+            Some(error) => {
+                first.cut();
+                second.cut();
+                Err(error)
+            }
+        })
+    }
+
+    /// Leaves this thread's reactor.
+    pub(super) fn pack(self) -> Moving {
+        let Self { first, second, there, back } = self;
+        Moving { sockets: [first.into_fd(), second.into_fd()], there, back }
+    }
+}
+
+impl Moving {
+    /// Joins this thread's reactor.
+    ///
+    /// # Errors
+    /// The reactor cannot take it; both sockets are closed.
+    pub(super) fn unpack(self) -> io::Result<Relay> {
+        let Self { sockets: [first, second], mut there, mut back } = self;
+        there.look_again();
+        back.look_again();
+        Ok(Relay { first: Stream::new(first)?, second: Stream::new(second)?, there, back })
     }
 }
 

@@ -30,7 +30,15 @@ async fn host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Result<Carr
 async fn copying_host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Result<Carried>>) {
     let (agent, host) = pair();
     let (client, server) = tcp_pair().await;
-    (host, server, tokio::spawn(run(agent, client, plain(), plain())))
+    let relay = Relay { first: agent, second: client, there: plain(), back: plain() };
+    (host, server, tokio::spawn(run_out(relay)))
+}
+
+async fn run_out(relay: Relay) -> io::Result<Carried> {
+    match relay.run(Lane::Only).await {
+        Step::Ended(ended) => ended,
+        Step::Leaves(_) => unreachable!("there is no other lane"),
+    }
 }
 
 fn plain() -> Direction {
@@ -121,7 +129,8 @@ async fn what_follows_urgent_data_is_not_lost() {
         }
         let mut bulk = Direction::default();
         bulk.bulk = true;
-        let relaying = tokio::spawn(run(agent, client, Direction::default(), bulk));
+        let relay = Relay { first: agent, second: client, there: Direction::default(), back: bulk };
+        let relaying = tokio::spawn(run_out(relay));
         let mut got = [0; 8];
         within(host.read_exact(&mut got)).await.unwrap();
         assert_eq!((urgent, &got), (1, b"after it"));
@@ -154,6 +163,61 @@ async fn a_slow_reader_loses_nothing_and_holds_its_writer_up() {
     assert_eq!(hashed, hash(&sent));
     server.shutdown().await.unwrap();
     assert_eq!(receive(&mut host).await, b"");
+    within(relaying).await.unwrap().unwrap();
+}
+
+async fn leaves(relay: Relay, lane: Lane) -> Relay {
+    match within(relay.run(lane)).await {
+        Step::Leaves(relay) => relay,
+        Step::Ended(ended) => panic!("ended: {ended:?}"),
+    }
+}
+
+/// Sends `count` pieces of `size` and has each read before the next is sent.
+async fn exchange(
+    mut from: impl AsyncWrite + Unpin,
+    mut to: impl AsyncRead + Unpin,
+    size: usize,
+    count: usize,
+) {
+    let piece = bytes(size);
+    let mut got = vec![0; size];
+    for _ in 0..count {
+        let (sent, received) = tokio::join!(from.write_all(&piece), to.read_exact(&mut got));
+        sent.unwrap();
+        received.unwrap();
+        assert!(got == piece);
+    }
+}
+
+#[tokio::test]
+async fn bulk_data_leaves_the_quick_lane_and_small_pieces_the_bulk_lane() {
+    let (agent, mut host) = pair();
+    let (client, mut server) = tcp_pair().await;
+    let exchanging = tokio::spawn(async move {
+        exchange(&mut host, &mut server, 4 << 20, 4).await;
+        exchange(&mut host, &mut server, 64, 500).await;
+        exchange(&mut server, &mut host, 64, 500).await;
+    });
+    let relay = leaves(Relay::new(agent, client), Lane::Quick).await;
+    let relay = leaves(relay.pack().unpack().unwrap(), Lane::Bulk).await;
+    let carried = within(run_out(relay.pack().unpack().unwrap())).await.unwrap();
+    assert_eq!(carried, Carried { there: (16 << 20) + 500 * 64, back: 500 * 64 });
+    exchanging.await.unwrap();
+}
+
+/// On whatever lane a relay is, and while it changes between them.
+#[tokio::test]
+async fn nothing_is_lost_between_the_lanes() {
+    let (mut host, mut server, relaying) = host_and_server().await;
+    for _ in 0..5 {
+        exchange(&mut host, &mut server, 3_000_000, 1).await;
+        exchange(&mut host, &mut server, 64, 100).await;
+        exchange(&mut server, &mut host, 3_000_000, 1).await;
+        exchange(&mut server, &mut host, 64, 100).await;
+    }
+    drop(host);
+    assert_eq!(receive(server).await, b"");
     within(relaying).await.unwrap().unwrap();
 }
 

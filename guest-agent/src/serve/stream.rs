@@ -1,7 +1,7 @@
 //! A connected stream socket: the guest's end of a vsock stream, or of a forward's target.
 //!
-//! Every read and write tries the system call first and waits for readiness only after `EAGAIN`. So
-//! whoever waits for another event of the same socket may clear its readiness and disturbs nobody.
+//! Every write tries the system call first and waits for readiness only after `EAGAIN`, and so does every read but
+//! the relay's. So whoever waits for another event of the same socket may clear its readiness and disturbs nobody.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -64,7 +64,13 @@ impl Stream {
         }
     }
 
-    /// After a read that would block: pending until another may succeed.
+    /// Whether a read of less than was asked for has left nothing behind ("Questions and answers" of
+    /// epoll(7)). TCP and unix sockets stop in front of urgent data.
+    pub(super) fn short_reads_take_all(&self) -> bool {
+        self.family == AddressFamily::VSOCK
+    }
+
+    /// After a read that has taken all: pending until another may succeed.
     pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.socket.poll_read_ready(cx))?.clear_ready();
         Poll::Ready(Ok(()))

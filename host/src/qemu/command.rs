@@ -126,9 +126,11 @@ pub(super) const VSOCK_DRIVER: &str = "vhost-user-vsock-pci";
 ///
 /// Under emulation half of the kernel's start is cryptography that this guest has no use for. So there
 /// are no self-tests of algorithms; no jitter generator, a source of randomness for FIPS alone (the
-/// processor and virtio-rng seed the kernel's); and no keys for signatures of modules, which have none.
+/// processor and virtio-rng seed the kernel's); and no keys for signatures of modules, which have none. And
+/// a loaded host lets the clock's watchdog take QEMU's steady TSC for an unsteady one ("skewed … over
+/// watchdog"): the clock would be the ACPI timer then, which leaves the emulation at each look at the time.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=auto \
-     random.trust_cpu=on cryptomgr.notests \
+     random.trust_cpu=on cryptomgr.notests tsc=reliable \
      initcall_blacklist=jent_mod_init,load_system_certificate_list,crypto_kdf108_init rdinit=/init";
 
 /// `path` as a value of a QEMU option, where a comma ends the value unless it is doubled.

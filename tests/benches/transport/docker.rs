@@ -1,63 +1,29 @@
 //! The docker API: a small request on a kept and on a new connection, and a large load.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use dhow_guest_tool::Pattern;
-use dhow_tests::Vm;
+use dhow_guest_tool::{Pattern, ping};
 use dhow_tests::command::Cmd;
+use dhow_tests::{TOOL, Vm};
 
-/// Requests of one sample.
-const PINGS: u32 = 30;
-const DEADLINE: Duration = Duration::from_secs(60);
+/// docker's socket in the guest.
+const GUEST_SOCKET: &str = "/run/docker.sock";
 /// Bytes of the layer that is loaded.
 const LOAD: usize = 200_000_000;
 
-/// Milliseconds of a `/_ping` on a connection that is there.
+/// Milliseconds of a `/_ping` on a kept and on a new connection through `socket`; without one, asked inside the
+/// guest: what docker needs by itself.
 ///
 /// # Panics
 /// When one fails.
-pub fn ping_kept(socket: &Path) -> f64 {
-    let mut stream = connect(socket);
-    ping(&mut stream);
-    let begin = Instant::now();
-    for _ in 0..PINGS {
-        ping(&mut stream);
+pub fn pings(vm: &Vm, socket: Option<&Path>) -> [f64; 2] {
+    if let Some(socket) = socket {
+        return [ping::kept(socket), ping::new(socket)].map(|took| took.expect("a ping"));
     }
-    begin.elapsed().as_secs_f64() * 1000.0 / f64::from(PINGS)
-}
-
-/// Milliseconds of connecting, a `/_ping`, and closing.
-///
-/// # Panics
-/// When one fails.
-pub fn ping_new(socket: &Path) -> f64 {
-    let begin = Instant::now();
-    for _ in 0..PINGS {
-        ping(&mut connect(socket));
-    }
-    begin.elapsed().as_secs_f64() * 1000.0 / f64::from(PINGS)
-}
-
-fn connect(socket: &Path) -> UnixStream {
-    let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
-    stream.set_read_timeout(Some(DEADLINE)).expect("a deadline");
-    stream
-}
-
-fn ping(stream: &mut UnixStream) {
-    stream.write_all(b"GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n").expect("a request");
-    let mut answer = Vec::new();
-    let mut chunk = [0; 4096];
-    // The body is "OK", after the empty line.
-    while !answer.ends_with(b"\r\n\r\nOK") {
-        let got = stream.read(&mut chunk).expect("an answer");
-        assert!(got > 0, "docker closed: {}", String::from_utf8_lossy(&answer));
-        answer.extend_from_slice(&chunk[..got]);
-    }
-    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    let printed = vm.exec(&[TOOL, "ping", GUEST_SOCKET]).ok();
+    let numbers: Vec<f64> = printed.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    numbers.try_into().unwrap_or_else(|_| panic!("no two numbers: {printed}"))
 }
 
 /// An archive as `docker save` makes it, of one layer that does not compress.

@@ -1,4 +1,6 @@
-//! Bytes that both ends of a test can make from a seed, and their digests; no I/O.
+//! What both ends of a test use: bytes made from a seed and their digests, and pings of docker.
+
+pub mod ping;
 
 use sha2::{Digest, Sha256};
 

@@ -5,11 +5,15 @@ mod rename;
 mod serve;
 
 use std::io;
+use std::path::Path;
+
+use dhow_guest_tool::ping;
 
 const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
        guest-tool records write|check FILE
        guest-tool rename exchange|noreplace FROM TO
-       guest-tool pattern SEED SIZE";
+       guest-tool pattern SEED SIZE
+       guest-tool ping SOCKET          (milliseconds on a kept and on a new connection)";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -21,6 +25,7 @@ fn main() {
         ["rename", "exchange", from, to] => rename::rename(from, to, libc::RENAME_EXCHANGE),
         ["rename", "noreplace", from, to] => rename::rename(from, to, libc::RENAME_NOREPLACE),
         ["pattern", seed, size] => pattern(seed, size),
+        ["ping", socket] => ping(socket.as_ref()),
         _ => {
             eprintln!("{USAGE}");
             std::process::exit(2);
@@ -30,6 +35,12 @@ fn main() {
         eprintln!("guest-tool: {error}");
         std::process::exit(1);
     }
+}
+
+/// Prints how long docker takes here.
+fn ping(socket: &Path) -> io::Result<()> {
+    println!("{} {}", ping::kept(socket)?, ping::new(socket)?);
+    Ok(())
 }
 
 /// Writes `size` bytes of the pattern `seed` to standard output.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -56,7 +56,10 @@ pub enum Idle {
 /// What a wait ended with.
 struct Ready {
     signal: bool,
+    /// It wrote, or its socket is closed.
     worker: bool,
+    /// It takes what it has not been told yet.
+    takes: bool,
     ended: bool,
 }
 
@@ -210,6 +213,11 @@ impl Parent {
             if ready.signal || ready.ended {
                 self.reap(&mut worker);
             }
+            if ready.takes
+                && let Some(current) = &worker
+            {
+                self.tell_exits(current);
+            }
             let late = stop_by.is_some_and(|deadline| Instant::now() >= deadline);
             if late || signal.is_some() {
                 worker.iter().for_each(Worker::terminate);
@@ -300,7 +308,10 @@ impl Parent {
         let worker_at = fds.len();
         if let Some(worker) = worker {
             fds.push(poll_in(worker.pidfd.as_fd()));
-            fds.push(poll_in(worker.socket.as_fd()));
+            let mut flags = PollFlags::POLLIN;
+            // A worker that was stopped, or slow, takes what it has not been told when it goes on.
+            flags.set(PollFlags::POLLOUT, !self.untold.is_empty());
+            fds.push(PollFd::new(worker.socket.as_fd(), flags));
         }
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -308,7 +319,8 @@ impl Parent {
         }
         Ok(Ready {
             signal: is_ready(&fds[0]),
-            worker: fds.get(worker_at + 1).is_some_and(is_ready),
+            worker: fds.get(worker_at + 1).is_some_and(|fd| has(fd, !PollFlags::POLLOUT)),
+            takes: fds.get(worker_at + 1).is_some_and(|fd| has(fd, PollFlags::POLLOUT)),
             ended: fds[1..fds.len().min(worker_at + 1)].iter().any(is_ready),
         })
     }
@@ -409,4 +421,8 @@ impl Parent {
             self.untold.pop_front();
         }
     }
+}
+
+fn has(fd: &PollFd<'_>, flags: PollFlags) -> bool {
+    fd.revents().is_some_and(|events| events.intersects(flags))
 }

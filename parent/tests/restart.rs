@@ -169,3 +169,63 @@ async fn worker_that_leaves_a_child() {
     link.spawn(Spawn { name: "sleeper".to_owned(), argv, ..Spawn::default() }).await.unwrap();
     std::process::abort();
 }
+
+/// Children whose exits, with names as long as [`NAME`], are more than the socket to a worker holds.
+const MANY: usize = 40;
+const NAME: usize = 200_000;
+
+/// Waits for `condition`, which a loaded machine may take its time for.
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(std::time::Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_worker_that_stood_still_is_told_all_exits() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut parent = parent("worker_that_stands_still", dir.path(), 3);
+    let folder = dir.path().to_owned();
+    let helper = std::thread::spawn(move || {
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+        let state = |pid: &str| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next())
+        };
+        until("the worker stands still", || state(read("worker").trim()) == Some('T'));
+        std::fs::write(folder.join("go"), "").unwrap();
+        until("the children are reaped", || read("children").lines().all(|pid| state(pid).is_none()));
+        let worker = rustix::process::Pid::from_raw(read("worker").trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(worker, rustix::process::Signal::CONT).unwrap();
+    });
+    assert_eq!(parent.run(), Outcome::ShutDown);
+    helper.join().unwrap();
+    assert_eq!(std::fs::read_to_string(dir.path().join("told")).unwrap(), MANY.to_string());
+}
+
+#[tokio::test]
+#[ignore = "the worker of the test above, not a test"]
+async fn worker_that_stands_still() {
+    let Some(dir) = folder() else { return };
+    let mut inherited = inherited_fds().unwrap();
+    let (link, mut restored) = ParentLink::connect(&mut inherited).unwrap();
+    let mut children = String::new();
+    for _ in 0..MANY {
+        let script = format!("until [ -e '{}' ]; do sleep 0.05; done", dir.join("go").display());
+        let argv = vec!["/bin/sh".to_owned(), "-c".to_owned(), script];
+        let env = vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())];
+        let spawn = Spawn { name: "x".repeat(NAME), argv, env, die_with_parent: true, ..Spawn::default() };
+        let child = link.spawn(spawn).await.unwrap();
+        children.push_str(&format!("{}\n", child.pid));
+    }
+    std::fs::write(dir.join("children"), children).unwrap();
+    std::fs::write(dir.join("worker"), std::process::id().to_string()).unwrap();
+    rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP).unwrap();
+    for _ in 0..MANY {
+        restored.exits.recv().await.unwrap();
+    }
+    std::fs::write(dir.join("told"), MANY.to_string()).unwrap();
+    link.shut_down().await.unwrap();
+}

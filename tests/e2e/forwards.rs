@@ -16,7 +16,7 @@ use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
 cases![Shared: a_published_port_serves_on_the_loopback_alone, sizes_both_ways, fifty_connections_at_once,
     half_close_from_either_side, a_reset_stays_a_reset, a_guest_that_refuses_is_a_reset, a_port_in_use_is_told,
     a_listener_of_the_host_network, ipv6_listeners, a_port_comes_and_goes_again_and_again,
-    a_slow_reader_does_not_hold_up_others];
+    a_slow_reader_does_not_hold_up_others, ten_thousand_short_exchanges];
 
 /// The guest tool's server in the guest's root namespace; it ends when this is dropped.
 struct Server {
@@ -197,4 +197,43 @@ fn a_slow_reader_does_not_hold_up_others(vm: &Vm) {
     let mut start = vec![0; 1_000_000];
     slow.read_exact(&mut start).unwrap();
     assert!(start == Pattern::bytes(0, 1_000_000));
+}
+
+/// As docker's clients do: connect, ask, end one's side, read to the end. Nothing is lost, and nothing is left.
+fn ten_thousand_short_exchanges(vm: &Vm) {
+    const THREADS: u64 = 8;
+    const EXCHANGES: u64 = 1250;
+    let server = Server::on(vm, "127.0.0.1");
+    let address = local(server.port);
+    let exchange = move |seed: u64| check_upload(address, seed, seed as usize % 3000);
+    let storm = move |each: u64| {
+        let threads = (0..THREADS).map(|thread| {
+            std::thread::spawn(move || (0..each).for_each(|number| exchange(thread * EXCHANGES + number)))
+        });
+        let failed = threads.collect::<Vec<_>>().into_iter().filter_map(|thread| thread.join().err()).count();
+        assert_eq!(failed, 0, "of {THREADS} threads");
+    };
+    // What is made once, for the first connections, is made now.
+    storm(1);
+    let mut before = open_fds(vm);
+    wait_until("the first connections' end", SOON, || std::mem::replace(&mut before, open_fds(vm)) == before);
+    storm(EXCHANGES);
+    wait_for("every descriptor to be closed", SOON, || {
+        let now = open_fds(vm);
+        if now.iter().zip(before).all(|(now, before)| *now <= before) {
+            Ok(())
+        } else {
+            Err(format!("{now:?} of device, supervisor and worker, {before:?} before"))
+        }
+    });
+}
+
+/// Descriptors of the vsock device, the supervisor, and the worker in the guest.
+fn open_fds(vm: &Vm) -> [usize; 3] {
+    let [device, supervisor] = [" vsock-device ", " supervisor "].map(|part| {
+        let folder = format!("/proc/{}/fd", vm.pid_of(part));
+        std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{folder}: {error}")).count()
+    });
+    let script = "ls /proc/$(pgrep -x -f '.*dhow-agent serve')/fd | wc -l";
+    [device, supervisor, vm.sh(script).ok().parse().expect("a number of descriptors")]
 }

@@ -33,6 +33,14 @@ pub fn check(table: &Table) -> String {
     let loaded = table.median("echo beside 8 bulk streams, p99 ms", "dhow")
         / table.median("echo of 64 B, 1 connections, p99 ms", "dhow");
     goal("p99 of the echo beside 8 bulk streams, at most 10 × its idle value", loaded <= 10.0, loaded, " ×");
+    let beside = table.median("echo beside a flood of refused requests, round trips/s", "dhow")
+        / table.median("echo of 64 B, 1 connections, round trips/s", "dhow");
+    goal(
+        "echo beside a flood of refused requests, at least 0.8 × its rate alone",
+        beside >= 0.8,
+        beside,
+        " ×",
+    );
     let idle = table.median("idle vsock device, % of a core", "dhow");
     goal("device's processor time when idle, below 1 %", idle < 1.0, idle, " %");
     for (process, limit) in

@@ -21,6 +21,9 @@ use dhow_tests::{report, vm};
 use ways::{LIMIT, WAYS, Ways};
 
 const SAMPLES: usize = 5;
+/// A guest that floods the device with what it has to refuse; at the lowest priority, since its own processors are
+/// not what is measured.
+const BESIDE_KNOCKS: &str = "echo beside a flood of refused requests, round trips/s";
 const SIZES: [(&str, usize); 3] = [("4 KiB", 4 << 10), ("64 KiB", 64 << 10), ("1 MiB", 1 << 20)];
 const DIRECTIONS: [(&str, Direction); 2] =
     [("host → guest", Direction::ToGuest), ("guest → host", Direction::ToHost)];
@@ -98,6 +101,10 @@ impl Bench<'_> {
             let _bulk = bulk::Background::start(ways.servers[way], 8);
             let echo = echo::sample(ways.servers[way], 1);
             Some([echo.p50, echo.p99])
+        });
+        self.rows([BESIDE_KNOCKS.to_owned()], |way| {
+            let _knocks = ways.knock();
+            Some([echo::sample(ways.servers[way], 1).rate])
         });
     }
 

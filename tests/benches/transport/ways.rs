@@ -98,6 +98,16 @@ impl Ways {
         }
     }
 
+    /// Has the guest ask for vsock connections without end, until this is dropped.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn knock(&self) -> Running {
+        let knocking = self.vm.exec(&["nice", "-n", "19", TOOL, "knock", "4"]).deadline(FOREVER).spawn();
+        knocking.expect("knocking");
+        knocking
+    }
+
     /// Ends all of them and the VM, and checks that nothing is left.
     ///
     /// # Panics

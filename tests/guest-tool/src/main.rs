@@ -13,7 +13,8 @@ const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
        guest-tool records write|check FILE
        guest-tool rename exchange|noreplace FROM TO
        guest-tool pattern SEED SIZE
-       guest-tool ping SOCKET          (milliseconds on a kept and on a new connection)";
+       guest-tool ping SOCKET            milliseconds on a kept and on a new connection
+       guest-tool knock THREADS          asks the host for vsock connections without end, all refused";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,6 +26,7 @@ fn main() {
         ["rename", "exchange", from, to] => rename::rename(from, to, libc::RENAME_EXCHANGE),
         ["rename", "noreplace", from, to] => rename::rename(from, to, libc::RENAME_NOREPLACE),
         ["pattern", seed, size] => pattern(seed, size),
+        ["knock", threads] => serve::knock(threads),
         ["ping", socket] => ping(socket.as_ref()),
         _ => {
             eprintln!("{USAGE}");

@@ -58,21 +58,53 @@ fn serve_each(accept: impl Fn() -> io::Result<TcpStream>) -> io::Result<()> {
 
 /// Listens on a vsock port (vsock(7)) of this guest.
 fn vsock_listener(port: u32) -> io::Result<OwnedFd> {
-    // SAFETY: the call has no pointers.
-    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: it was just made, and nobody else knows it.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all zeros is a valid `sockaddr_vm`.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = libc::VMADDR_CID_ANY;
-    address.svm_port = port;
-    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
+    let socket = vsock_socket()?;
+    let (address, size) = vsock_address(libc::VMADDR_CID_ANY, port)?;
     // SAFETY: the pointer and the size are those of a live `sockaddr_vm`.
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) })?;
     // SAFETY: the call has no pointers.
     check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) })?;
     Ok(socket)
+}
+
+/// Asks the host for vsock connections until it is ended: a guest that floods the device with what it has to refuse.
+pub fn knock(threads: &str) -> io::Result<()> {
+    let threads: u32 = threads.parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let knocking: Vec<_> = (0..threads).map(|_| std::thread::spawn(knock_for_ever)).collect();
+    say("knocking");
+    for thread in knocking {
+        thread.join().map_err(|_| io::Error::other("a thread panicked"))??;
+    }
+    Ok(())
+}
+
+fn knock_for_ever() -> io::Result<()> {
+    loop {
+        let socket = vsock_socket()?;
+        let (address, size) = vsock_address(libc::VMADDR_CID_HOST, 9)?;
+        // SAFETY: the pointer and the size are those of a live `sockaddr_vm`.
+        let connected = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) };
+        if connected == 0 {
+            return Err(io::Error::other("the host has let a guest's connection in"));
+        }
+    }
+}
+
+fn vsock_socket() -> io::Result<OwnedFd> {
+    // SAFETY: the call has no pointers.
+    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: it was just made, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn vsock_address(cid: u32, port: u32) -> io::Result<(libc::sockaddr_vm, libc::socklen_t)> {
+    // SAFETY: all zeros is a valid `sockaddr_vm`.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
+    Ok((address, size))
 }
 
 /// The next connection, as a stream whose reads, writes and half-close are those of any socket.

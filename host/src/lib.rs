@@ -11,6 +11,7 @@ pub mod fileserver;
 pub mod forward;
 pub mod images;
 pub mod keeper;
+pub mod procfs;
 pub mod qemu;
 pub mod supervisor;
 pub mod vsock;

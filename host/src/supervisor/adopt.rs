@@ -15,9 +15,7 @@ use tokio::task::JoinSet;
 
 use super::guest_setup::{self, Helpers};
 use super::ledger::Ledger;
-use super::processes::{
-    DEVICE_NAME, PASST_NAME, QEMU_NAME, end, ended, file_server_name, has_ended, is_dying,
-};
+use super::processes::{DEVICE_NAME, PASST_NAME, QEMU_NAME, end, ended, file_server_name, has_ended};
 use super::record::{Phase, Record};
 use super::shares::Server;
 use super::start::{self, StartError};
@@ -26,6 +24,7 @@ use super::stop;
 use super::vm::{Parts, Running, Vm, sentence};
 use crate::config::Paths;
 use crate::forward::Forwards;
+use crate::procfs::is_dying;
 
 /// How long QEMU may take to give its memory back.
 const DYING: std::time::Duration = std::time::Duration::from_secs(10);

@@ -221,42 +221,6 @@ fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, ProcessError> {
     make().map_err(|source| ProcessError::File { what: "listen on", path: path.to_owned(), source })
 }
 
-/// The fields of proc_pid_stat(5) from the third on: what comes before may hold anything.
-pub fn stat_fields(pid: i32) -> Option<Vec<String>> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().map(str::to_owned).collect())
-}
-
-/// Whether a signal has stopped the process: field 3, "T" or "t".
-pub fn is_stopped(pid: i32) -> bool {
-    stat_fields(pid).is_some_and(|fields| matches!(fields.first().map(String::as_str), Some("T" | "t")))
-}
-
-/// Whether the process is on its way out, which takes a while where there is much memory to give back:
-/// it has SIGKILL pending, or has begun to exit.
-pub fn is_dying(pid: i32) -> bool {
-    /// `PF_EXITING` of the kernel's linux/sched.h, in field 9.
-    const EXITING: u64 = 0x4;
-    // In this order: what is pending no longer has become the exit.
-    has_pending(pid, libc::SIGKILL)
-        || stat_fields(pid).is_none_or(|fields| {
-            let flags = fields.get(9 - 3).and_then(|flags| flags.parse::<u64>().ok());
-            let is_over = matches!(fields.first().map(String::as_str), Some("Z" | "X"));
-            is_over || flags.is_some_and(|flags| flags & EXITING != 0)
-        })
-}
-
-/// proc_pid_status(5): "SigPnd, ShdPnd: Mask (expressed in hexadecimal) of signals pending for thread and
-/// for process as a whole".
-fn has_pending(pid: i32, signal: i32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let masks =
-        status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
-    masks
-        .filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .any(|mask| mask & (1 << (signal - 1)) != 0)
-}
-
 /// Waits until the process of `pidfd` has ended; it need not be a child of this one.
 pub async fn ended(pidfd: &OwnedFd) {
     /// Between looks, where there are too many open files to be woken.
@@ -293,33 +257,4 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::{Command, Stdio};
-
-    use super::*;
-
-    #[test]
-    fn a_process_is_seen_to_run_to_stand_still_and_to_die() {
-        let mut child = Command::new("/bin/sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
-        assert!(!is_stopped(pid) && !is_dying(pid));
-        let process = nix::unistd::Pid::from_raw(pid);
-        nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGSTOP).unwrap();
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        let wait_until = |condition: &dyn Fn() -> bool| {
-            while !condition() && std::time::Instant::now() < deadline {
-                std::thread::yield_now();
-            }
-            condition()
-        };
-        assert!(wait_until(&|| is_stopped(pid)));
-        assert!(!is_dying(pid));
-        child.kill().unwrap();
-        assert!(wait_until(&|| is_dying(pid)));
-        child.wait().unwrap();
-        assert!(is_dying(pid));
-    }
 }

@@ -13,8 +13,9 @@ use dhow_parent::SpawnedChild;
 use dhow_protocol::codec;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::processes::{QEMU_NAME, has_ended, is_dying, stat_fields};
+use super::processes::{QEMU_NAME, has_ended};
 use crate::config::{MountSpec, Paths};
+use crate::procfs::{Stat, is_dying};
 
 /// Largest record in bytes; a share takes about 100.
 const LIMIT: u64 = 1 << 20;
@@ -214,9 +215,9 @@ impl ProcessRecord {
     }
 }
 
-/// When a process started, in clock ticks since the host's boot: field 22.
+/// When a process started, in clock ticks since the host's boot.
 fn start_time(pid: i32) -> Option<u64> {
-    stat_fields(pid)?.get(22 - 3)?.parse().ok()
+    Stat::read(pid)?.start_time()
 }
 
 #[cfg(test)]

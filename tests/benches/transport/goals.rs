@@ -33,10 +33,15 @@ pub fn check(table: &Table) -> String {
     let loaded = table.median("echo beside 8 bulk streams, p99 ms", "dhow")
         / table.median("echo of 64 B, 1 connections, p99 ms", "dhow");
     goal("p99 of the echo beside 8 bulk streams, at most 10 × its idle value", loaded <= 10.0, loaded, " ×");
-    let beside = table.median("echo beside a flood of refused requests, round trips/s", "dhow")
-        / table.median("echo of 64 B, 1 connections, round trips/s", "dhow");
+    // The flood takes the guest's processors from everything; hostfwd shows how much, for it does not go
+    // through the device.
+    let kept = |way| {
+        table.median("echo beside a flood of refused requests, round trips/s", way)
+            / table.median("echo of 64 B, 1 connections, round trips/s", way)
+    };
+    let beside = kept("dhow") / kept("hostfwd");
     goal(
-        "echo beside a flood of refused requests, at least 0.8 × its rate alone",
+        "echo beside a flood of refused requests, at least 0.8 × what hostfwd keeps",
         beside >= 0.8,
         beside,
         " ×",

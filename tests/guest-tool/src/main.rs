@@ -1,8 +1,10 @@
 //! What end-to-end tests run in the guest where busybox does not suffice: parses arguments, prints errors.
 
+mod knock;
 mod records;
 mod rename;
 mod serve;
+mod vsock;
 
 use std::io;
 use std::path::Path;
@@ -26,7 +28,7 @@ fn main() {
         ["rename", "exchange", from, to] => rename::rename(from, to, libc::RENAME_EXCHANGE),
         ["rename", "noreplace", from, to] => rename::rename(from, to, libc::RENAME_NOREPLACE),
         ["pattern", seed, size] => pattern(seed, size),
-        ["knock", threads] => serve::knock(threads),
+        ["knock", threads] => knock::knock(threads),
         ["ping", socket] => ping(socket.as_ref()),
         _ => {
             eprintln!("{USAGE}");

@@ -13,24 +13,25 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use dhow_guest_tool::{Pattern, Summary};
+
+use crate::vsock;
 
 const CHUNK: usize = 64 << 10;
 /// What a drain reads at once, and the most that a flood writes at once.
 const BULK: usize = 1 << 20;
 const LINE_LIMIT: usize = 128;
-const BACKLOG: i32 = 128;
 
 /// Serves for ever; a thread a connection. `address` is "IP:PORT" or "vsock:PORT".
 pub fn serve(address: &str) -> io::Result<()> {
     let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
     match address.strip_prefix("vsock:") {
         Some(port) => {
-            let listener = vsock_listener(port.parse().map_err(wrong)?)?;
-            serve_each(|| vsock_accept(&listener))
+            let listener = vsock::listener(port.parse().map_err(wrong)?)?;
+            serve_each(|| vsock::accept(&listener))
         }
         None => {
             let listener = TcpListener::bind(address)?;
@@ -56,74 +57,8 @@ fn serve_each(accept: impl Fn() -> io::Result<TcpStream>) -> io::Result<()> {
     }
 }
 
-/// Listens on a vsock port (vsock(7)) of this guest.
-fn vsock_listener(port: u32) -> io::Result<OwnedFd> {
-    let socket = vsock_socket()?;
-    let (address, size) = vsock_address(libc::VMADDR_CID_ANY, port)?;
-    // SAFETY: the pointer and the size are those of a live `sockaddr_vm`.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) })?;
-    // SAFETY: the call has no pointers.
-    check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) })?;
-    Ok(socket)
-}
-
-/// Asks the host for vsock connections until it is ended: a guest that floods the device with what it has to refuse.
-pub fn knock(threads: &str) -> io::Result<()> {
-    let threads: u32 = threads.parse().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let knocking: Vec<_> = (0..threads).map(|_| std::thread::spawn(knock_for_ever)).collect();
-    say("knocking");
-    for thread in knocking {
-        thread.join().map_err(|_| io::Error::other("a thread panicked"))??;
-    }
-    Ok(())
-}
-
-fn knock_for_ever() -> io::Result<()> {
-    loop {
-        let socket = vsock_socket()?;
-        let (address, size) = vsock_address(libc::VMADDR_CID_HOST, 9)?;
-        // SAFETY: the pointer and the size are those of a live `sockaddr_vm`.
-        let connected = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) };
-        if connected == 0 {
-            return Err(io::Error::other("the host has let a guest's connection in"));
-        }
-    }
-}
-
-fn vsock_socket() -> io::Result<OwnedFd> {
-    // SAFETY: the call has no pointers.
-    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: it was just made, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn vsock_address(cid: u32, port: u32) -> io::Result<(libc::sockaddr_vm, libc::socklen_t)> {
-    // SAFETY: all zeros is a valid `sockaddr_vm`.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = cid;
-    address.svm_port = port;
-    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).map_err(io::Error::other)?;
-    Ok((address, size))
-}
-
-/// The next connection, as a stream whose reads, writes and half-close are those of any socket.
-fn vsock_accept(listener: &OwnedFd) -> io::Result<TcpStream> {
-    let none = std::ptr::null_mut();
-    // SAFETY: null pointers ask for no address.
-    let fd = check(unsafe {
-        libc::accept4(listener.as_raw_fd(), none, std::ptr::null_mut(), libc::SOCK_CLOEXEC)
-    })?;
-    // SAFETY: it was just made, and nobody else knows it.
-    Ok(TcpStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
-}
-
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
 /// Prints a line at once: standard output may be a pipe.
-fn say(line: &str) {
+pub fn say(line: &str) {
     let mut stdout = io::stdout().lock();
     // Nobody may be reading any more; the connections matter.
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());

@@ -334,7 +334,10 @@ fn stop_and_continue_each(vm: &Vm) {
         pids.iter().for_each(|pid| process::send(*pid, Signal::SIGCONT));
         let answer = answer.unwrap_or_else(|problem| panic!("with {parts:?} stopped: {problem}"));
         let exec = exec.unwrap_or_else(|problem| panic!("with {parts:?} stopped: {problem}"));
-        assert!(answer.all().contains("stopped by a signal"), "with {parts:?} stopped: {answer}");
+        for pid in &pids {
+            let told = answer.all().contains(&format!("process {pid} is stopped by a signal"));
+            assert!(told, "with {parts:?} stopped, {pid} is not told: {answer}");
+        }
         if needed {
             assert!(!exec.status.success() && !exec.stderr.is_empty(), "with {parts:?} stopped: {exec}");
         }

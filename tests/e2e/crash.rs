@@ -2,9 +2,12 @@
 //!
 //! Each case repeats its kill as often as DHOW_SOAK says; once otherwise.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use dhow_guest_tool::Pattern;
@@ -124,12 +127,15 @@ impl Conversation {
 /// A program in the guest that appends numbered lines to a file of the share until it is ended.
 struct Writer<'a> {
     vm: &'a Vm,
+    file: PathBuf,
 }
 
 impl<'a> Writer<'a> {
     fn begin(vm: &'a Vm) -> Self {
-        let file = vm.home().join("lines");
-        let _ = std::fs::remove_file(&file);
+        // One for each writer: the guest may take a name that the host removed for the old file for a
+        // second, and these cases are about kills.
+        static WRITERS: AtomicU32 = AtomicU32::new(0);
+        let file = vm.home().join(format!("lines-{}", WRITERS.fetch_add(1, Ordering::Relaxed)));
         let script = format!(
             "n=0; while :; do echo line $n >>'{}' || {{ echo failed at $n; exit 1; }}; n=$((n+1)); done",
             file.display()
@@ -137,18 +143,26 @@ impl<'a> Writer<'a> {
         // In the guest's background: the exec that began it dies with the device.
         let begin = "setsid sh -c \"$1\" >/run/lines.log 2>&1 </dev/null &";
         vm.exec(&["sh", "-c", begin, "sh", &script]).ok();
-        let writer = Self { vm };
+        let writer = Self { vm, file };
         writer.wait_for_more();
         writer
     }
 
     fn lines(&self) -> String {
-        std::fs::read_to_string(self.vm.home().join("lines")).unwrap_or_default()
+        std::fs::read_to_string(&self.file).unwrap_or_default()
     }
 
     fn wait_for_more(&self) {
         let before = self.lines().lines().count();
-        wait_until("more lines from the guest", BACK, || self.lines().lines().count() > before + 3);
+        wait_for("more lines from the guest", BACK, || {
+            let now = self.lines().lines().count();
+            if now > before + 3 {
+                return Ok(());
+            }
+            let log =
+                self.vm.sh("cat /run/lines.log").deadline(Duration::from_secs(40)).spawn().try_wait()?;
+            Err(format!("{now} lines, {before} before; the writer said: {log}"))
+        });
     }
 
     /// Ends it: every line is there once, in order.
@@ -162,6 +176,7 @@ impl<'a> Writer<'a> {
         // The last one may have been cut by the end.
         let last = lines.lines().count().saturating_sub(1);
         assert!(wrong.is_none_or(|(number, _)| number == last), "{wrong:?} of {last}");
+        let _ = std::fs::remove_file(&self.file);
     }
 }
 
@@ -185,9 +200,29 @@ fn wait_for_new(vm: &Vm, part: &str, old: i32) {
     });
 }
 
+/// Times of kills, spaced so that a parent's limit (10 restarts in 30 s) is never reached: a case that kills one
+/// worker again and again is about recovery, and another one about giving up.
+#[derive(Default)]
+struct Paced(VecDeque<Instant>);
+
+impl Paced {
+    /// Waits until one more kill is within the limit, and counts it.
+    fn kill(&mut self) {
+        if self.0.len() == 8 {
+            let oldest = self.0.pop_front().unwrap();
+            wait_until("the parent's window of restarts", BACK, || {
+                oldest.elapsed() > Duration::from_secs(31)
+            });
+        }
+        self.0.push_back(Instant::now());
+    }
+}
+
 fn kill_the_supervisor(vm: &Vm) {
     let life = Life::new(vm);
+    let mut paced = Paced::default();
     for _ in 0..repetitions() {
+        paced.kill();
         let mut conversation = life.connection();
         conversation.go_on();
         let server = file_server(vm);
@@ -269,7 +304,9 @@ fn worker(vm: &Vm) -> String {
 
 fn kill_the_worker(vm: &Vm) {
     let life = Life::new(vm);
+    let mut paced = Paced::default();
     for _ in 0..repetitions() {
+        paced.kill();
         let writer = Writer::begin(vm);
         let before = worker(vm);
         // The exec that kills it cannot tell how it ended.

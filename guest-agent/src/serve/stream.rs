@@ -32,6 +32,22 @@ impl Stream {
         Ok(Self { socket, family })
     }
 
+    /// Waits for the end of a connect(2) that is in progress.
+    ///
+    /// # Errors
+    /// As connect(2).
+    pub(super) async fn connected(&self) -> io::Result<()> {
+        loop {
+            // "getsockopt(2) to read the SO_ERROR option" tells how it ended (connect(2)).
+            let mut guard = self.socket.writable().await?;
+            sockopt::socket_error(&self.socket)??;
+            if rustix::net::getpeername(&self.socket).is_ok() {
+                return Ok(());
+            }
+            guard.clear_ready();
+        }
+    }
+
     /// The socket alone, still non-blocking.
     #[must_use]
     pub fn into_fd(self) -> OwnedFd {

@@ -20,9 +20,11 @@ use super::control::{Control, RequestError, seconds};
 use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 
-/// How long the guest may take to answer a hello; a forward's connect is in it. With the device's own
-/// margin it is below what a command waits.
+/// How long the guest may take to answer a hello. With the device's own margin it is below what a command
+/// waits.
 pub const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+/// Likewise where the guest connects to a target, for which it takes 10 s at the most.
+pub const CONNECT_DEADLINE: Duration = Duration::from_secs(13);
 
 /// Why a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -91,12 +93,12 @@ impl Opener {
         Ok(pending)
     }
 
-    /// Opens a stream whose host side is `fd`, a connected stream socket.
+    /// Opens a stream to a target in the guest, whose host side is `fd`, a connected stream socket.
     ///
     /// # Errors
     /// As [`Opener::open`].
     pub async fn open_with(&self, header: &StreamHeader, fd: OwnedFd) -> Result<(), OpenError> {
-        Ok(self.open(header, OPEN_DEADLINE).await?.attach(fd).await?)
+        Ok(self.open(header, CONNECT_DEADLINE).await?.attach(fd).await?)
     }
 
     /// Opens a stream that this process itself reads and writes.

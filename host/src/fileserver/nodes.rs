@@ -5,9 +5,10 @@
 //! counts are the server's: forgetting more than was given out ends at nothing.
 //!
 //! Node ids derive from device and inode number, so that they (and with them what stat(2) tells in
-//! the guest) are the same after a restart of the server. Where that cannot be, ids are counted up
-//! from a random start: no two servers give the same one to two files. Asking a new server for an id
-//! that was not restored is answered with ESTALE, upon which the guest kernel looks names up again.
+//! the guest) are the same after a restart of the server. A file that got the inode number of one that
+//! the guest still remembers has an id that derives from its birth time, too. Where neither can be, ids
+//! are counted up from a random start: no two servers give the same one to two files. Asking a new server
+//! for an id that was not restored is answered with ESTALE, upon which the guest kernel looks names up again.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -18,8 +19,10 @@ use rustix::io::{Errno, Result};
 
 use super::host_fs::Identity;
 
-/// Ids with this bit are counted up, for inodes whose own number cannot be used.
+/// Ids with this bit are for inodes whose own number cannot be used: counted up, or …
 const COUNTED: u64 = 1 << 63;
+/// … with this one as well, hashed.
+const HASHED: u64 = 1 << 62;
 /// Inode numbers below this are used as they are.
 const INODE_LIMIT: u64 = 1 << 48;
 /// Numbers of devices other than the root's, above the inode number in an id.
@@ -110,9 +113,10 @@ impl Nodes {
             Some(id) if self.by_id.get(&id).is_some_and(|node| node.identity == *identity) => id,
             known => {
                 // Another file under a reused inode number: the old node stays, out of reach.
-                let natural =
-                    self.natural(identity).filter(|id| known.is_none() && !self.by_id.contains_key(id));
-                let id = natural.unwrap_or_else(|| self.counted());
+                let is_free = |id: &NodeId| !self.by_id.contains_key(id);
+                let natural = self.natural(identity).filter(|id| known.is_none() && is_free(id));
+                let id = natural.or_else(|| hashed(identity).filter(is_free));
+                let id = id.unwrap_or_else(|| self.counted());
                 self.insert(id, parent, name, identity);
                 id
             }
@@ -145,7 +149,9 @@ impl Nodes {
                 }
             }
             Some(_) => return false,
-            None if self.natural(identity) == Some(wanted) && !self.by_id.contains_key(&wanted) => {
+            None if [self.natural(identity), hashed(identity)].contains(&Some(wanted))
+                && !self.by_id.contains_key(&wanted) =>
+            {
                 self.insert(wanted, parent, name, identity);
             }
             None => return false,
@@ -386,4 +392,18 @@ impl Nodes {
             }
         }
     }
+}
+
+/// The id of a file whose inode number is another's id: of the birth time, where the file system knows it.
+fn hashed(identity: &Identity) -> Option<NodeId> {
+    let (seconds, nanos) = identity.birth?;
+    let parts = [identity.device, identity.inode, seconds.cast_unsigned(), u64::from(nanos)];
+    // FNV-1a over the parts, and a finish that spreads it (the one of MurmurHash3).
+    let mut hash = parts
+        .iter()
+        .flat_map(|part| part.to_le_bytes())
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    Some(NodeId(COUNTED | HASHED | (hash ^ hash >> 33) >> 2))
 }

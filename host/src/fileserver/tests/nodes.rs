@@ -19,7 +19,7 @@ fn folder(inode: u64) -> Identity {
     Identity { format: libc::S_IFDIR, ..file(DEVICE, inode) }
 }
 
-fn table(random: u64) -> Nodes {
+fn table_of(random: u64) -> Nodes {
     let root: OwnedFd = std::fs::File::open("/").unwrap().into();
     Nodes::new(Arc::new(root), folder(2), 1000, random)
 }
@@ -28,7 +28,7 @@ fn table(random: u64) -> Nodes {
 fn ids_are_the_same_in_every_server() {
     let files = [file(DEVICE, 77), file(DEVICE + 1, 77), file(DEVICE + 2, 77), file(7, 5), file(DEVICE, 5)];
     let ids = |order: &[usize]| {
-        let mut table = table(order.len() as u64);
+        let mut table = table_of(order.len() as u64);
         let mut ids = vec![NodeId(0); files.len()];
         for index in order {
             ids[*index] = table.enter(NodeId::ROOT, &name(&index.to_string()), &files[*index]);
@@ -47,9 +47,10 @@ fn ids_are_the_same_in_every_server() {
 /// Ids that do not derive from inodes are never given out by two servers for two files.
 #[test]
 fn counted_ids_of_two_servers_differ() {
-    let far = file(DEVICE, 1 << 60);
-    let mut one = table(u64::MAX);
-    let mut two = table(12_345);
+    // With a birth time its id would be hashed.
+    let far = Identity { birth: None, ..file(DEVICE, 1 << 60) };
+    let mut one = table_of(u64::MAX);
+    let mut two = table_of(12_345);
     let ids = [&mut one, &mut two].map(|table| table.enter(NodeId::ROOT, &name("f"), &far));
     assert_ne!(ids[0], ids[1]);
     assert!(ids.iter().all(|id| id.0 >> 63 == 1));
@@ -62,7 +63,7 @@ fn counted_ids_of_two_servers_differ() {
 
 #[test]
 fn a_reused_inode_number_is_another_node() {
-    let mut table = table(0);
+    let mut table = table_of(0);
     let old = table.enter(NodeId::ROOT, &name("f"), &file(DEVICE, 77));
     let reused = Identity { birth: Some((9, 9)), ..file(DEVICE, 77) };
     let new = table.enter(NodeId::ROOT, &name("f"), &reused);
@@ -74,10 +75,28 @@ fn a_reused_inode_number_is_another_node() {
     assert_eq!(table.held(), (1, 0));
 }
 
+/// Its id is the same in a new server, which does not know the old file any more.
+#[test]
+fn a_file_with_a_reused_inode_number_is_restored() {
+    let mut table = table_of(0);
+    let old = file(DEVICE, 77);
+    table.enter(NodeId::ROOT, &name("old"), &old);
+    let reused = Identity { birth: Some((9, 9)), ..old };
+    let new = table.enter(NodeId::ROOT, &name("new"), &reused);
+    let mut next = table_of(1);
+    assert!(!next.restore(NodeId::ROOT, &name("new"), &Identity { birth: Some((9, 8)), ..old }, (new, 1)));
+    assert!(next.restore(NodeId::ROOT, &name("new"), &reused, (new, 1)));
+    assert_eq!(next.enter(NodeId::ROOT, &name("new"), &reused), new);
+    // Without a birth time the two cannot be told apart later.
+    let unborn = Identity { birth: None, ..old };
+    let counted = table.enter(NodeId::ROOT, &name("unborn"), &unborn);
+    assert!(!table_of(2).restore(NodeId::ROOT, &name("unborn"), &unborn, (counted, 1)));
+}
+
 /// A bind mount can show a folder within itself, and a host that renames can make the hints do so.
 #[test]
 fn no_circle_of_folders_is_noted() {
-    let mut table = table(0);
+    let mut table = table_of(0);
     let a = table.enter(NodeId::ROOT, &name("a"), &folder(10));
     let b = table.enter(a, &name("b"), &folder(11));
     assert_eq!(table.enter(a, &name("a"), &folder(10)), a);

@@ -4,6 +4,7 @@
 
 pub mod dns;
 pub mod exec;
+pub mod host_services;
 pub mod init;
 pub mod logs;
 pub mod mounts;

@@ -11,7 +11,6 @@ pub mod fileserver;
 pub mod forward;
 pub mod images;
 pub mod keeper;
-pub mod procfs;
 pub mod qemu;
 pub mod supervisor;
 pub mod vsock;

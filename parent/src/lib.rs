@@ -15,13 +15,14 @@
 //!
 //! `message.rs` has what they say, `socket.rs` how a message and its fds travel, `parent.rs` the
 //! loop, `worker.rs` and `children.rs` whom it serves and watches, `spawn.rs` fork and exec, `link.rs`
-//! the worker's side, `estate.rs` what passes to a worker that becomes the parent when its own has died.
+//! the worker's side, `procfs.rs` what /proc says of a process, `estate.rs` what passes to a worker that becomes the parent when its own has died.
 
 mod children;
 mod estate;
 mod link;
 mod message;
 mod parent;
+pub mod procfs;
 mod socket;
 mod spawn;
 mod worker;

@@ -38,6 +38,8 @@ pub struct NetworkConfig {
     pub gateway: Ipv4Addr,
     /// Address that the agent's DNS forwarder takes, on `lo`: one that containers reach too.
     pub dns: Ipv4Addr,
+    /// Address that `host.docker.internal` is, on `lo`: there the agent listens for the host's services.
+    pub host: Ipv4Addr,
     /// Largest packet, in bytes.
     pub mtu: u16,
 }

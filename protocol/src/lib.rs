@@ -14,10 +14,12 @@ pub mod boot;
 pub mod bundle;
 pub mod codec;
 pub mod control;
+pub mod datagram;
 pub mod errors;
 pub mod exec;
 pub mod files;
 pub mod hello;
+pub mod host_services;
 pub mod ports;
 pub mod stream;
 

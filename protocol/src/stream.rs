@@ -4,6 +4,7 @@ use bincode::{Decode, Encode};
 
 use crate::bundle::BundleOffer;
 use crate::exec::ExecStart;
+use crate::host_services::Offer;
 
 /// The kind of a stream and what it needs to begin.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -45,6 +46,20 @@ pub enum StreamHeader {
         tail: Option<u32>,
         /// Go on as lines are added.
         follow: bool,
+    },
+    /// Datagrams ([`crate::datagram`]) to and from a UDP endpoint of the guest, for one client of the host.
+    Udp {
+        /// Address in the guest's root namespace.
+        address: std::net::IpAddr,
+        /// Port there.
+        port: u16,
+    },
+    /// What the guest may reach of the host ([`crate::host_services`]): the guest asks, the host dials.
+    HostServices(Offer),
+    /// Raw bytes to and from a service of the host that the guest has asked for.
+    Dialled {
+        /// As in [`crate::host_services::Dial`].
+        id: u64,
     },
 }
 

@@ -54,7 +54,9 @@ async fn set_up(config: Option<&NetworkConfig>) -> Result<(), NetworkError> {
         return Err(NetworkError::Prefix(config.prefix));
     }
     let card = card(Path::new(INTERFACES)).ok_or(NetworkError::NoCard)?;
-    add_address(&handle, LOOPBACK, config.dns, 32).await?;
+    for address in [config.dns, config.host] {
+        add_address(&handle, LOOPBACK, address, 32).await?;
+    }
     let up = LinkUnspec::new_with_name(&card).mtu(u32::from(config.mtu)).up().build();
     change(&handle, &card, "switch on", up).await?;
     add_address(&handle, &card, config.address, config.prefix).await?;

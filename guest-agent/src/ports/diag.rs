@@ -1,7 +1,7 @@
 //! The truth about listening sockets: a `NETLINK_SOCK_DIAG` dump of this network namespace.
 
-use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -12,27 +12,30 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHe
 use netlink_packet_sock_diag::{SOCK_DIAG_BY_FAMILY, SockDiagMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
+use super::clients::Clients;
+
 /// Groups of `linux/sock_diag.h` (`enum sknetlink_groups`) that tell of sockets that are gone.
 const SKNLGRP_INET_TCP_DESTROY: u32 = 1;
+const SKNLGRP_INET_UDP_DESTROY: u32 = 2;
 const SKNLGRP_INET6_TCP_DESTROY: u32 = 3;
+const SKNLGRP_INET6_UDP_DESTROY: u32 = 4;
 
 /// Room for one answer of the kernel: it fills at most 32 KiB (`NETLINK_GOODSIZE` and up).
 const BUFFER: usize = 64 << 10;
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
-/// The port that the agent's own name server takes.
-const DNS_PORT: u16 = 53;
-
 /// A socket for dumps.
 pub(super) struct Diag {
     socket: Socket,
     buffer: Vec<u8>,
-    /// Sockets on [`DNS_PORT`] by inode: whether they are the agent's own.
-    own: HashMap<u32, bool>,
+    /// Addresses at which only the agent's own servers are.
+    own: Vec<IpAddr>,
+    clients: Clients,
 }
 
 impl Diag {
-    pub(super) fn open() -> io::Result<Self> {
+    /// Leaves out what listens at one of the addresses `own`.
+    pub(super) fn open(own: Vec<IpAddr>) -> io::Result<Self> {
         let socket = bound()?;
         // The kernel answers while it takes the request; the deadline is against the unforeseen.
         let deadline = Duration::from_secs(2);
@@ -41,11 +44,11 @@ impl Diag {
             rustix::net::sockopt::Timeout::Recv,
             Some(deadline),
         )?;
-        Ok(Self { socket, buffer: Vec::with_capacity(BUFFER), own: HashMap::new() })
+        Ok(Self { socket, buffer: Vec::with_capacity(BUFFER), own, clients: Clients::new() })
     }
 
-    /// TCP sockets that listen and UDP sockets that are bound and not connected, without the
-    /// agent's name server.
+    /// TCP sockets that listen and UDP sockets that are bound and not connected, without the agent's own
+    /// servers and without UDP sockets that are clients ([`Clients`]).
     pub(super) fn dump(&mut self) -> io::Result<Vec<Listener>> {
         let mut found = Vec::new();
         for family in [AF_INET, AF_INET6] {
@@ -54,11 +57,8 @@ impl Diag {
                 self.dump_one(family, protocol, states, &mut found)?;
             }
         }
-        self.own.retain(|inode, _| found.iter().any(|(_, seen)| seen == inode));
-        let own = &mut self.own;
-        found.retain(|(listener, inode)| {
-            listener.port != DNS_PORT || !*own.entry(*inode).or_insert_with(|| is_ours(*inode))
-        });
+        found.retain(|(listener, _)| !self.own.contains(&listener.address.to_canonical()));
+        self.clients.remove_from(&mut found);
         Ok(found.into_iter().map(|(listener, _)| listener).collect())
     }
 
@@ -115,8 +115,14 @@ pub(super) struct Gone {
 impl Gone {
     pub(super) fn open() -> io::Result<Self> {
         let socket = bound()?;
-        socket.add_membership(SKNLGRP_INET_TCP_DESTROY)?;
-        socket.add_membership(SKNLGRP_INET6_TCP_DESTROY)?;
+        for group in [
+            SKNLGRP_INET_TCP_DESTROY,
+            SKNLGRP_INET_UDP_DESTROY,
+            SKNLGRP_INET6_TCP_DESTROY,
+            SKNLGRP_INET6_UDP_DESTROY,
+        ] {
+            socket.add_membership(group)?;
+        }
         socket.set_non_blocking(true)?;
         Ok(Self { socket, buffer: Vec::with_capacity(BUFFER) })
     }
@@ -187,14 +193,4 @@ fn bound() -> io::Result<Socket> {
     socket.bind(&SocketAddr::new(0, 0))?;
     socket.connect(&SocketAddr::new(0, 0))?;
     Ok(socket)
-}
-
-/// Whether this process holds the socket with that inode.
-fn is_ours(inode: u32) -> bool {
-    let wanted = format!("socket:[{inode}]");
-    std::fs::read_dir("/proc/self/fd").is_ok_and(|entries| {
-        entries.flatten().any(|entry| {
-            std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str())
-        })
-    })
 }

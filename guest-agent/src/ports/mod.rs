@@ -5,12 +5,18 @@
 //! slow poll ─────────────────────────────────┘                            (what differs)
 //! ```
 //! The agent only reports; the host decides what it forwards.
+//!
+//! **Linger.** docker's proxies end with dockerd, and are there again when it is. While it is away, what has
+//! gone is not reported, for 10 s at the most: clients of the host wait instead of being refused.
 
+mod clients;
 mod diag;
+mod linger;
 mod tracker;
 mod trigger;
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use linger::Linger;
 use tracker::{Pace, Tracker};
 
 /// Between looks without a trigger: for what triggers miss (UDP, lost events).
@@ -26,21 +33,27 @@ const SLOW_POLL: Duration = Duration::from_secs(5);
 /// Between looks where there can be no triggers.
 const FAST_POLL: Duration = Duration::from_millis(250);
 
+/// Whether the daemon that publishes ports is away.
+pub type Away = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// The reporter of listening sockets.
-#[derive(Debug)]
 pub struct Ports {
     /// Counts triggers; a subscriber sees that there were some.
     triggers: watch::Receiver<u64>,
     poll: Duration,
+    /// Addresses of the agent's own servers.
+    own: Vec<IpAddr>,
+    away: Away,
 }
 
 impl Ports {
-    /// Sets up the triggers.
+    /// Sets up the triggers. What listens at one of the addresses `own` is the agent's; while `away`, what
+    /// has gone lingers.
     ///
     /// # Errors
     /// The kernel has no `NETLINK_SOCK_DIAG`: nothing could ever be reported.
-    pub fn start() -> io::Result<Arc<Self>> {
-        diag::Diag::open()?.dump()?;
+    pub fn start(own: Vec<IpAddr>, away: Away) -> io::Result<Arc<Self>> {
+        diag::Diag::open(own.clone())?.dump()?;
         let (sender, triggers) = watch::channel(0);
         let poll = match trigger::start(sender) {
             Ok(()) => SLOW_POLL,
@@ -49,7 +62,7 @@ impl Ports {
                 FAST_POLL
             }
         };
-        Ok(Arc::new(Self { triggers, poll }))
+        Ok(Arc::new(Self { triggers, poll, own, away }))
     }
 
     /// Reports on `stream` until it ends: all at first, then what changes.
@@ -69,14 +82,19 @@ impl Ports {
 
     async fn report<W: AsyncWrite + Unpin>(&self, mut writer: W) -> Result<(), codec::CodecError> {
         let mut triggers = self.triggers.clone();
-        let mut diag = diag::Diag::open().map_err(codec::CodecError::Io)?;
+        let mut diag = diag::Diag::open(self.own.clone()).map_err(codec::CodecError::Io)?;
         let mut tracker = Tracker::default();
         let mut pace = Pace::new(self.poll);
+        let mut linger = Linger::default();
         loop {
             triggers.mark_unchanged();
             let began = Instant::now();
             match diag.dump() {
-                Ok(sockets) => {
+                Ok(mut sockets) => {
+                    if linger.holds(tracker.misses(&sockets), &self.away) {
+                        sockets.extend(tracker.known());
+                        pace.triggered();
+                    }
                     if let Some(event) = tracker.update(sockets) {
                         codec::write_frame(&mut writer, &event, CONTROL_LIMIT).await?;
                     }

@@ -54,17 +54,26 @@ async fn listeners_come_and_go(ports: Arc<Ports>, limit: Duration) {
         println!("{address}: reported after {opened:?}, gone after {closed:?}");
         assert!(opened < limit && closed < limit, "{address}: {opened:?}, {closed:?}");
     }
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    // Below the range for clients.
+    let socket =
+        (20_000..30_000).find_map(|port| std::net::UdpSocket::bind(("127.0.0.1", port)).ok()).unwrap();
     let wanted = Listener { protocol: Protocol::Udp, ..tcp(socket.local_addr().unwrap()) };
-    // UDP waits for a look that something else asks for.
-    let _trigger = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let began = std::time::Instant::now();
     until(&mut stream, &mut known, wanted, true).await;
+    drop(socket);
+    until(&mut stream, &mut known, wanted, false).await;
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
 }
 
 #[tokio::test]
 async fn with_polling_alone() {
     let (_sender, triggers) = watch::channel(0);
-    let ports = Arc::new(Ports { triggers, poll: Duration::from_millis(20) });
+    let ports = Arc::new(Ports {
+        own: Vec::new(),
+        away: Box::new(|| false),
+        triggers,
+        poll: Duration::from_millis(20),
+    });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
 }
 
@@ -80,14 +89,24 @@ async fn with_the_kernels_triggers() {
         return;
     }
     // Far below the poll: only a trigger is that fast.
-    let ports = Arc::new(Ports { triggers, poll: Duration::from_secs(60) });
+    let ports = Arc::new(Ports {
+        own: Vec::new(),
+        away: Box::new(|| false),
+        triggers,
+        poll: Duration::from_secs(60),
+    });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
 }
 
 #[tokio::test]
 async fn the_report_ends_with_the_stream() {
     let (_sender, triggers) = watch::channel(0);
-    let ports = Arc::new(Ports { triggers, poll: Duration::from_secs(60) });
+    let ports = Arc::new(Ports {
+        own: Vec::new(),
+        away: Box::new(|| false),
+        triggers,
+        poll: Duration::from_secs(60),
+    });
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move { ports.serve(theirs).await });
     next(&mut ours).await;
@@ -96,12 +115,37 @@ async fn the_report_ends_with_the_stream() {
 }
 
 #[test]
-fn this_process_knows_its_own_sockets() {
+fn the_agents_own_addresses_are_left_out() {
     let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut diag = diag::Diag::open().unwrap();
-    assert!(diag.dump().unwrap().contains(&tcp(socket.local_addr().unwrap())));
-    // Only the name server's port is left out; that it is ours is told by its inode.
-    if let Ok(own) = std::net::TcpListener::bind("127.0.0.53:53") {
-        assert!(!diag.dump().unwrap().contains(&tcp(own.local_addr().unwrap())));
-    }
+    let own = std::net::TcpListener::bind("127.0.0.53:0").unwrap();
+    let [socket, own] = [socket, own].map(|listener| (tcp(listener.local_addr().unwrap()), listener));
+    let all = diag::Diag::open(Vec::new()).unwrap().dump().unwrap();
+    assert!(all.contains(&socket.0) && all.contains(&own.0));
+    let others = diag::Diag::open(vec![own.0.address]).unwrap().dump().unwrap();
+    assert!(others.contains(&socket.0) && !others.contains(&own.0));
+}
+
+#[tokio::test]
+async fn what_goes_while_the_publisher_is_away_lingers() {
+    let away = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let is_away = Arc::clone(&away);
+    let (_sender, triggers) = watch::channel(0);
+    let ports = Arc::new(Ports {
+        triggers,
+        poll: Duration::from_millis(5),
+        own: Vec::new(),
+        away: Box::new(move || is_away.load(std::sync::atomic::Ordering::Relaxed)),
+    });
+    let mut stream = serve(ports);
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let wanted = tcp(socket.local_addr().unwrap());
+    let mut known = BTreeSet::new();
+    until(&mut stream, &mut known, wanted, true).await;
+    drop(socket);
+    // Something that comes is reported, and by then the other one has been missed.
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    until(&mut stream, &mut known, tcp(other.local_addr().unwrap()), true).await;
+    assert!(known.contains(&wanted));
+    away.store(false, std::sync::atomic::Ordering::Relaxed);
+    until(&mut stream, &mut known, wanted, false).await;
 }

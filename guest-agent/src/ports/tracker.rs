@@ -15,6 +15,17 @@ pub(super) struct Tracker {
 }
 
 impl Tracker {
+    /// Whether something is gone that the host knows.
+    pub(super) fn misses(&self, now: &[Listener]) -> bool {
+        let now: BTreeSet<&Listener> = now.iter().collect();
+        self.known.iter().flatten().any(|known| !now.contains(known))
+    }
+
+    /// What the host knows.
+    pub(super) fn known(&self) -> impl Iterator<Item = Listener> + '_ {
+        self.known.iter().flatten().copied()
+    }
+
     /// The event that brings the host from what it knows to `now`; none where nothing differs.
     pub(super) fn update(&mut self, now: impl IntoIterator<Item = Listener>) -> Option<PortsEvent> {
         let mut now: BTreeSet<Listener> = now.into_iter().collect();

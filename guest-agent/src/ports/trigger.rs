@@ -19,6 +19,9 @@ const INSTANCE: &str = "dhow";
 /// A socket begins to listen (`TCP_LISTEN`, 10), or ceases to (`TCP_CLOSE`, 7). Each accepted
 /// connection goes from LISTEN to SYN_RECV, as a copy of its listener: not of interest.
 const FILTER: &str = "newstate==10 || (oldstate==10 && newstate==7)";
+/// What is traced, and of it what counts. UDP sockets are there when bind(2) has returned.
+const EVENTS: [(&str, &str); 2] =
+    [("sock/inet_sock_set_state", FILTER), ("syscalls/sys_exit_bind", "ret==0")];
 
 /// Starts the thread that counts triggers up in `count`.
 ///
@@ -76,14 +79,16 @@ fn instance(tracefs: &Path, name: &str) -> io::Result<File> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(named(&instance, error)),
     }
-    let event = instance.join("events/sock/inet_sock_set_state");
     // Toggling patches the kernel's text, so only what differs is written.
     set(instance.join("buffer_percent"), "0")?;
     set(instance.join("buffer_size_kb"), "64")?;
-    if !fs::read_to_string(event.join("filter")).is_ok_and(|filter| filter.trim() == FILTER) {
-        set(event.join("filter"), FILTER)?;
+    for (event, filter) in EVENTS {
+        let event = instance.join("events").join(event);
+        if !fs::read_to_string(event.join("filter")).is_ok_and(|now| now.trim() == filter) {
+            set(event.join("filter"), filter)?;
+        }
+        set(event.join("enable"), "1")?;
     }
-    set(event.join("enable"), "1")?;
     set(instance.join("tracing_on"), "1")?;
     let pipe = instance.join("trace_pipe");
     OpenOptions::new()

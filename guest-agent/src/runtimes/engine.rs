@@ -172,6 +172,14 @@ impl Engine {
         }
     }
 
+    /// Whether a daemon that is to run does not.
+    pub fn is_away(&self, name: &str) -> bool {
+        self.runtimes()
+            .iter()
+            .flat_map(|runtime| &runtime.daemons)
+            .any(|daemon| daemon.name == name && daemon.is_away())
+    }
+
     /// The daemons' states.
     #[must_use]
     pub fn statuses(&self) -> Vec<DaemonStatus> {

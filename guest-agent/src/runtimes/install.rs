@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use dhow_protocol::bundle::{BundleAnswer, BundleOffer, BundleResult};
@@ -90,6 +91,8 @@ pub struct Library {
     pub mount: Box<dyn Mount>,
     /// Release of the guest's base, where it is known.
     pub base: Option<String>,
+    /// Where the host's services are in the guest.
+    pub host: Ipv4Addr,
 }
 
 impl Library {
@@ -108,7 +111,7 @@ impl Library {
         });
         mounted.map_err(OpenError::Mount)?;
         let text = read_limited(&folder.join("bundle.toml")).map_err(OpenError::Read)?;
-        let manifest = Manifest::parse(&text, &self.store.seen(name), self.store.configs())?;
+        let manifest = Manifest::parse(&text, &self.store.seen(name), self.store.configs(), self.host)?;
         if manifest.name != name {
             return Err(OpenError::Name { offered: name.to_owned(), found: manifest.name });
         }

@@ -16,9 +16,11 @@
 //! end_path = "/info"                   SIGTERM when the answer to a GET of this …
 //! end_text = "\"LiveRestore…\":false"  … has this text in it
 //! ```
-//! `{bundle}` is the folder where the bundle is seen, `{config}` the daemon's own settings file.
+//! `{bundle}` is the folder where the bundle is seen, `{config}` the daemon's own settings file, `{host}` the
+//! address at which the guest reaches the host's services.
 
 use std::collections::HashSet;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -148,11 +150,11 @@ pub fn is_version(version: &str) -> bool {
 
 impl Manifest {
     /// Reads `text`; `bundle` is the folder where the bundle is seen, `configs` where the daemons'
-    /// settings files are put.
+    /// settings files are put, `host` the address of the host's services.
     ///
     /// # Errors
     /// As [`ManifestError`] says.
-    pub fn parse(text: &str, bundle: &Path, configs: &Path) -> Result<Self, ManifestError> {
+    pub fn parse(text: &str, bundle: &Path, configs: &Path, host: Ipv4Addr) -> Result<Self, ManifestError> {
         let raw: RawManifest = toml::from_str(text).map_err(ManifestError::Syntax)?;
         check("name", is_name(&raw.name), "is not one of a-z, 0-9 and -, at most 32 of them")?;
         check("version", is_version(&raw.version), "is not 1 to 64 visible ASCII characters")?;
@@ -165,7 +167,7 @@ impl Manifest {
         let daemons = raw
             .daemon
             .into_iter()
-            .map(|daemon| daemon.resolve(bundle, configs))
+            .map(|daemon| daemon.resolve(bundle, configs, host))
             .collect::<Result<Vec<_>, _>>()?;
         let names: HashSet<_> = daemons.iter().map(|daemon| daemon.name.as_str()).collect();
         check("daemon", names.len() == daemons.len(), "is there twice under one name")?;
@@ -180,13 +182,14 @@ impl Manifest {
 }
 
 impl RawDaemon {
-    fn resolve(self, bundle: &Path, configs: &Path) -> Result<DaemonSpec, ManifestError> {
+    fn resolve(self, bundle: &Path, configs: &Path, host: Ipv4Addr) -> Result<DaemonSpec, ManifestError> {
         check("a daemon's name", is_name(&self.name), "is not one of a-z, 0-9 and -, at most 32 of them")?;
         let key = |key: &str| format!("{key} of {}", self.name);
         let file = configs.join(format!("{}.conf", self.name));
         let fill = |text: &str| {
             let text = text.replace("{bundle}", &bundle.to_string_lossy());
-            text.replace("{config}", &file.to_string_lossy())
+            let text = text.replace("{config}", &file.to_string_lossy());
+            text.replace("{host}", &host.to_string())
         };
         let count = self.argv.len();
         check(&key("argv"), (1..=LIST_LIMIT).contains(&count), "is empty or too long")?;
@@ -259,7 +262,7 @@ mod tests {
     const HEAD: &str = "name = \"docker\"\nversion = \"26.1\"\nbase = \"trixie\"\n";
 
     fn parse(text: &str) -> Result<Manifest, ManifestError> {
-        Manifest::parse(text, Path::new("/opt/dhow/docker"), Path::new("/run/x"))
+        Manifest::parse(text, Path::new("/opt/dhow/docker"), Path::new("/run/x"), [192, 0, 2, 1].into())
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub struct Setup {
     pub environment: Vec<(String, String)>,
     /// The agent's DNS forwarder: where containers ask.
     pub dns: Option<Ipv4Addr>,
+    /// Where the host's services are in the guest: `{host}` in a daemon's command line.
+    pub host: Option<Ipv4Addr>,
     /// Where changes of the daemons' states are told.
     pub events: broadcast::Sender<Event>,
 }
@@ -66,7 +68,9 @@ pub struct Runtimes {
 impl Runtimes {
     /// Takes over what an earlier worker left.
     pub async fn start(setup: Setup) -> Arc<Self> {
-        let library = Library { store: Store::default(), mount: Box::new(LoopMount), base: base_release() };
+        let host = setup.host.unwrap_or(Ipv4Addr::LOCALHOST);
+        let library =
+            Library { store: Store::default(), mount: Box::new(LoopMount), base: base_release(), host };
         let engine = Engine::new(library, Arc::new(setup.link), setup.environment, setup.events);
         if let Some(dns) = setup.dns {
             engine.check_names(dns);
@@ -114,6 +118,12 @@ impl Runtimes {
     /// no longer mounted then. It takes 35 s at the most.
     pub async fn stop_all(&self) {
         self.engine.stop_all().await;
+    }
+
+    /// Whether a daemon that is to run does not: it has ended and is started again, or is about to end.
+    #[must_use]
+    pub fn is_away(&self, daemon: &str) -> bool {
+        self.engine.is_away(daemon)
     }
 
     /// The daemons' states.

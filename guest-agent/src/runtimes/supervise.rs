@@ -13,8 +13,10 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use dhow_parent::procfs::is_dying;
 use dhow_parent::{Exit, SpawnedChild};
 use dhow_protocol::control::{DaemonState, DaemonStatus, Event};
 use dhow_protocol::errors::chain;
@@ -75,6 +77,8 @@ pub struct Daemon {
     /// Its name in its bundle.
     pub name: String,
     status: watch::Receiver<DaemonStatus>,
+    /// Of the process that is followed; 0 where there is none.
+    pid: Arc<AtomicI32>,
     orders: mpsc::UnboundedSender<Order>,
 }
 
@@ -87,9 +91,18 @@ impl Daemon {
         let (sender, status) = watch::channel(first);
         let (orders, receiver) = mpsc::unbounded_channel();
         let restarts = Restarts::new(adopted.is_some());
-        let task = Task { plan, status: sender, orders: receiver, pending: None, log_begin: 0, restarts };
+        let pid = Arc::new(AtomicI32::new(0));
+        let task = Task {
+            plan,
+            status: sender,
+            pid: Arc::clone(&pid),
+            orders: receiver,
+            pending: None,
+            log_begin: 0,
+            restarts,
+        };
         tokio::spawn(task.run(adopted));
-        Self { name, status, orders }
+        Self { name, status, pid, orders }
     }
 
     /// What it is doing.
@@ -102,6 +115,17 @@ impl Daemon {
     #[must_use]
     pub fn is_live(&self) -> bool {
         !matches!(self.status.borrow().state, DaemonState::Stopped | DaemonState::Failed(_))
+    }
+
+    /// Whether it is to run and does not, or is about to end: what it has spawned ends with it, and may be
+    /// seen to have ended a moment earlier.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        match self.status.borrow().state {
+            DaemonState::Starting | DaemonState::BackingOff => true,
+            DaemonState::Ready => is_dying(self.pid.load(Ordering::Relaxed)),
+            DaemonState::Stopped | DaemonState::Failed(_) => false,
+        }
     }
 
     /// A child of PID 1 has ended; another's is ignored.
@@ -146,6 +170,7 @@ enum Left {
 struct Task {
     plan: Plan,
     status: watch::Sender<DaemonStatus>,
+    pid: Arc<AtomicI32>,
     orders: mpsc::UnboundedReceiver<Order>,
     /// A stop that came while something else was waited for.
     pending: Option<(Stop, oneshot::Sender<()>)>,
@@ -213,6 +238,7 @@ impl Task {
 
     /// Follows the running child until it ends or is to be stopped.
     async fn watch(&mut self, child: &Child) -> Left {
+        self.pid.store(child.pid, Ordering::Relaxed);
         let readiness = self.plan.spec.ready.clone();
         let mut ready = pin!(ready::wait(readiness.as_ref()));
         let mut is_ready = false;

@@ -13,8 +13,10 @@ use super::hello::Answer;
 use super::relay;
 use super::requests::Requests;
 use super::stream::Stream;
+use super::udp;
 use crate::dns::Dns;
 use crate::exec;
+use crate::host_services::HostServices;
 use crate::mounts::Mounts;
 use crate::ports::Ports;
 use crate::runtimes::Runtimes;
@@ -26,6 +28,8 @@ pub(super) struct Services {
     pub(super) mounts: Arc<Mounts>,
     /// None without a network.
     pub(super) dns: Option<Arc<Dns>>,
+    /// What the host lets the guest reach.
+    pub(super) host_services: Arc<HostServices>,
     /// None where the kernel cannot list sockets.
     pub(super) ports: Option<Arc<Ports>>,
     /// Proxies and the like, for commands.
@@ -73,6 +77,28 @@ impl Services {
             StreamHeader::Bundle(offer) => {
                 let Some(stream) = accepted(stream, answer).await else { return };
                 self.runtimes.receive(offer, stream).await;
+            }
+            StreamHeader::Udp { address, port } => match udp::connect(SocketAddr::new(address, port)).await {
+                Ok(socket) => {
+                    let Some(stream) = accepted(stream, answer).await else { return };
+                    if let Err(error) = udp::relay(&stream, &socket).await {
+                        tracing::debug!(error = chain(&error), "a session over UDP was cut");
+                    }
+                }
+                Err(error) => answer.refuse(&stream, Status::Failed, &error.to_string()).await,
+            },
+            StreamHeader::HostServices(offer) => {
+                let Some(stream) = accepted(stream, answer).await else { return };
+                self.host_services.serve(stream, offer).await;
+            }
+            StreamHeader::Dialled { id } if self.host_services.expects(id) => {
+                let Some(stream) = accepted(stream, answer).await else { return };
+                if let Err(stream) = self.host_services.dialled(id, stream) {
+                    stream.cut();
+                }
+            }
+            StreamHeader::Dialled { .. } => {
+                answer.refuse(&stream, Status::NotFound, "nobody waits for it any more").await;
             }
             StreamHeader::Logs { source, tail, follow } => {
                 let Some(stream) = accepted(stream, answer).await else { return };

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! vsock listener ──► accept.rs ──► hello.rs ──► dispatch.rs ──► control.rs ──► requests.rs
-//!  (PID 1 holds it)   CID, limits   proof          │            relay.rs (TCP, unix; connect.rs)
-//!                                                  │            exec, ports, dns, logs
+//!  (PID 1 holds it)   CID, limits   proof          │            relay.rs (TCP, unix; connect.rs), udp.rs
+//!                                                  │            exec, ports, dns, logs, host_services
 //!                                                  └──────────► mounts (Files), runtimes (Bundle)
 //! ```
 
@@ -22,6 +22,7 @@ mod requests;
 pub mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
+mod udp;
 
 use std::collections::HashMap;
 use std::io;
@@ -41,6 +42,7 @@ use tokio::sync::broadcast;
 use tokio_vsock::VsockListener;
 
 use crate::dns::Dns;
+use crate::host_services::HostServices;
 use crate::init::{self, held};
 use crate::mounts::Mounts;
 use crate::ports::Ports;
@@ -51,6 +53,8 @@ const BOOT_LIMIT: u64 = 1 << 20;
 /// Tasks that have their turn before sockets are looked at again. With tokio's 61 a small request waited for 61 turns
 /// of relays that are just becoming bulk.
 const TURNS: u32 = 8;
+/// The daemon whose ports linger while it is restarted.
+const PUBLISHER: &str = "dockerd";
 /// Events that a slow host may be behind.
 const EVENTS: usize = 256;
 
@@ -111,14 +115,19 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         children,
         environment: boot.environment.clone(),
         dns: boot.network.map(|network| network.dns),
+        host: boot.network.map(|network| network.host),
         events: events.clone(),
     })
     .await;
     let dns = match boot.network {
-        Some(network) => start_dns(network.dns, network.gateway, &events).await,
+        Some(network) => start_dns(network.dns, network.host, &events).await,
         None => None,
     };
-    let ports = match Ports::start() {
+    let host_services = HostServices::new(boot.network.map(|network| network.host));
+    let own = boot.network.map(|network| [network.dns.into(), network.host.into()]);
+    let publisher = Arc::clone(&runtimes);
+    let away = move || publisher.is_away(PUBLISHER);
+    let ports = match Ports::start(own.into_iter().flatten().collect(), Box::new(away)) {
         Ok(ports) => Some(ports),
         Err(error) => {
             warn(&events, format!("published ports cannot be found: {error}"));
@@ -137,6 +146,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         runtimes: Arc::clone(&runtimes),
         mounts,
         dns,
+        host_services,
         ports,
         environment: boot.environment,
     });

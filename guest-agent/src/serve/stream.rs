@@ -117,6 +117,17 @@ impl Stream {
         }
     }
 
+    /// Waits until the connection has ended both ways, orderly or not. A peer that has finished sending alone
+    /// is still there.
+    pub async fn gone(&self) {
+        loop {
+            match self.socket.ready(Interest::WRITABLE).await {
+                Ok(mut guard) if !guard.ready().is_write_closed() => guard.clear_ready(),
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
     /// Whether the peer has reset the connection, of which a reader sees no more than the end.
     /// Meaningful only while this side has not shut down its writing.
     pub(super) fn is_reset(&self) -> bool {

@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::config::Paths;
-use crate::procfs::Stat;
 use crate::supervisor::Record;
+use dhow_parent::procfs::Stat;
 
 /// `__SO_ACCEPTCON` of `<linux/net.h>`: the flag of a listening socket in /proc/net/unix.
 const LISTENING: &str = "00010000";

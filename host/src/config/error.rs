@@ -66,6 +66,8 @@ pub enum ConfigError {
         key: String,
         /// Known keys that look alike.
         near: Vec<&'static str>,
+        /// All known keys there.
+        known: Vec<&'static str>,
     },
     /// A value of a wrong type.
     #[error("{}, line {line}: `{key}` must be {expected}", path.display())]
@@ -120,8 +122,8 @@ impl ConfigError {
                 "set DHOW_HOME or XDG_RUNTIME_DIR to a folder with a shorter path, or use a shorter profile name"
                     .to_owned()
             }
-            Self::UnknownKey { near, .. } => match near.as_slice() {
-                [] => format!("the keys are {}", super::file::KEYS.join(", ")),
+            Self::UnknownKey { near, known, .. } => match near.as_slice() {
+                [] => format!("the keys are {}", known.join(", ")),
                 near => format!("did you mean `{}`?", near.join("` or `")),
             },
             Self::Value { hint, .. } | Self::Mount { hint, .. } => hint.clone(),

@@ -3,14 +3,26 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use toml_edit::{Document, Item, Table, Value};
+use toml_edit::{ArrayOfTables, Document, Item, Table, Value};
 
 use super::ConfigError;
 use super::profile::Acceleration;
 
 /// All keys, in the order of the template.
-pub(super) const KEYS: [&str; 8] =
-    ["cpus", "memory", "disk", "mounts", "image", "activate", "acceleration", "env"];
+pub(super) const KEYS: [&str; 12] = [
+    "cpus",
+    "memory",
+    "disk",
+    "mounts",
+    "image",
+    "activate",
+    "acceleration",
+    "host-ports",
+    "forward-agent",
+    "env",
+    "forward",
+    "socket",
+];
 
 /// A new profile's file: every key with its default.
 pub(super) const TEMPLATE: &str = r##"# Settings of a Dhow profile. `dhow start` saves its flags here and keeps your comments.
@@ -39,9 +51,30 @@ pub(super) const TEMPLATE: &str = r##"# Settings of a Dhow profile. `dhow start`
 # "auto": KVM where it works, else emulation. "kvm": KVM or an error. "tcg": emulation.
 # acceleration = "auto"
 
+# Ports of this host's loopback that containers reach at host.docker.internal, and the guest at
+# host.dhow.internal: numbers and "FIRST-LAST". None by default.
+# host-ports = [5432, "8000-8010"]
+
+# Lead /run/host-services/ssh-auth.sock in the guest to this host's ssh-agent (SSH_AUTH_SOCK at start).
+# forward-agent = false
+
 # Environment of the guest's daemons and commands. The host's proxy variables are there by themselves.
 # [env]
 # TZ = "Europe/Berlin"
+
+# What becomes of ports that the guest listens on; the first rule that fits decides. Without one a port is
+# forwarded to the same port of this host's loopback. More in docs/ports.md.
+# [[forward]]
+# guest = "0.0.0.0:8080"
+# host = "127.0.0.1:9090"
+# protocol = "tcp"
+# static = true
+
+# A unix socket that leads to the other side; `listen` says where Dhow makes it: "host" or "guest".
+# [[socket]]
+# listen = "host"
+# host = "~/containerd.sock"
+# guest = "/run/containerd/containerd.sock"
 "##;
 
 /// The settings that a file names, of the right type but not checked otherwise.
@@ -54,7 +87,30 @@ pub(super) struct RawProfile {
     pub image: Option<PathBuf>,
     pub activate: Option<bool>,
     pub acceleration: Option<Acceleration>,
+    /// Each a port or a range, as text.
+    pub host_ports: Vec<String>,
+    pub forward_agent: Option<bool>,
     pub environment: Vec<(String, String)>,
+    pub forwards: Vec<RawForward>,
+    pub sockets: Vec<RawSocket>,
+}
+
+/// A `[[forward]]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct RawForward {
+    pub guest: Option<String>,
+    pub host: Option<String>,
+    pub protocol: Option<String>,
+    pub ignore: bool,
+    pub always: bool,
+}
+
+/// A `[[socket]]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct RawSocket {
+    pub listen: Option<String>,
+    pub host: Option<String>,
+    pub guest: Option<String>,
 }
 
 /// A file's text; `None` where there is no file.
@@ -100,12 +156,58 @@ impl RawProfile {
                     let known = item.as_str().and_then(|text| Acceleration::from_str(text, false).ok());
                     raw.acceleration = Some(at.want(known, "\"auto\", \"kvm\" or \"tcg\"")?);
                 }
+                "host-ports" => raw.host_ports = at.ports(item)?,
+                "forward-agent" => {
+                    raw.forward_agent = Some(at.want(item.as_bool(), "true or false")?);
+                }
                 "env" => raw.environment = at.environment(item)?,
-                _ => return Err(at.unknown()),
+                "forward" => {
+                    raw.forwards = at.tables(item, "[[forward]]").map(|tables| forwards(&file, tables))??;
+                }
+                "socket" => {
+                    raw.sockets = at.tables(item, "[[socket]]").map(|tables| sockets(&file, tables))??;
+                }
+                _ => return Err(at.unknown(&KEYS)),
             }
         }
         Ok(raw)
     }
+}
+
+fn forwards(file: &File, tables: &ArrayOfTables) -> Result<Vec<RawForward>, ConfigError> {
+    let one = |table: &Table| {
+        let mut raw = RawForward::default();
+        for (name, item) in table {
+            let at = Setting { file, table, name };
+            match name {
+                "guest" => raw.guest = Some(at.endpoint(item)?),
+                "host" => raw.host = Some(at.endpoint(item)?),
+                "protocol" => raw.protocol = Some(at.string(item, "\"tcp\" or \"udp\"")?),
+                "ignore" => raw.ignore = at.want(item.as_bool(), "true or false")?,
+                "static" => raw.always = at.want(item.as_bool(), "true or false")?,
+                _ => return Err(at.unknown(&["guest", "host", "protocol", "ignore", "static"])),
+            }
+        }
+        Ok(raw)
+    };
+    tables.iter().map(one).collect()
+}
+
+fn sockets(file: &File, tables: &ArrayOfTables) -> Result<Vec<RawSocket>, ConfigError> {
+    let one = |table: &Table| {
+        let mut raw = RawSocket::default();
+        for (name, item) in table {
+            let at = Setting { file, table, name };
+            match name {
+                "listen" => raw.listen = Some(at.string(item, "\"host\" or \"guest\"")?),
+                "host" => raw.host = Some(at.string(item, "a path in quotes")?),
+                "guest" => raw.guest = Some(at.string(item, "a path in quotes")?),
+                _ => return Err(at.unknown(&["listen", "host", "guest"])),
+            }
+        }
+        Ok(raw)
+    };
+    tables.iter().map(one).collect()
 }
 
 struct File<'a> {
@@ -126,18 +228,16 @@ impl Setting<'_> {
         line_of(self.file.text, span.map_or(0, |span| span.start))
     }
 
-    fn unknown(&self) -> ConfigError {
-        let mut near: Vec<_> = KEYS
-            .into_iter()
-            .map(|key| (distance(self.name, key), key))
-            .filter(|(far, _)| *far <= 2)
-            .collect();
+    fn unknown(&self, known: &[&'static str]) -> ConfigError {
+        let mut near: Vec<_> =
+            known.iter().map(|key| (distance(self.name, key), *key)).filter(|(far, _)| *far <= 2).collect();
         near.sort_unstable();
         ConfigError::UnknownKey {
             path: self.file.path.to_owned(),
             line: self.line(),
             key: self.name.escape_debug().to_string(),
             near: near.into_iter().map(|(_, key)| key).collect(),
+            known: known.to_vec(),
         }
     }
 
@@ -164,6 +264,26 @@ impl Setting<'_> {
             .as_array()
             .and_then(|array| array.iter().map(|value| value.as_str().map(str::to_owned)).collect());
         self.want(strings, "a list of strings, such as [\"~\", \"/srv/data:ro\"]")
+    }
+
+    /// An endpoint of a rule; a bare number is a port.
+    fn endpoint(&self, item: &Item) -> Result<String, ConfigError> {
+        let number = item.as_integer().map(|number| number.to_string());
+        let text = number.or_else(|| item.as_str().map(str::to_owned));
+        self.want(text, "\"ADDRESS:PORT\", \"ADDRESS:FIRST-LAST\", an address or a port")
+    }
+
+    fn ports(&self, item: &Item) -> Result<Vec<String>, ConfigError> {
+        let text = |value: &Value| {
+            let number = value.as_integer().map(|number| number.to_string());
+            number.or_else(|| value.as_str().map(str::to_owned))
+        };
+        let ports = item.as_array().and_then(|array| array.iter().map(text).collect());
+        self.want(ports, "a list of ports, such as [5432, \"8000-8010\"]")
+    }
+
+    fn tables<'b>(&self, item: &'b Item, expected: &'static str) -> Result<&'b ArrayOfTables, ConfigError> {
+        self.want(item.as_array_of_tables(), expected)
     }
 
     fn environment(&self, item: &Item) -> Result<Vec<(String, String)>, ConfigError> {
@@ -208,7 +328,9 @@ mod tests {
         assert_eq!(parse(TEMPLATE).unwrap(), RawProfile::default());
         for key in KEYS {
             assert!(
-                TEMPLATE.contains(&format!("# {key} = ")) || TEMPLATE.contains(&format!("# [{key}]")),
+                [format!("# {key} = "), format!("# [{key}]"), format!("# [[{key}]]")]
+                    .iter()
+                    .any(|shown| TEMPLATE.contains(shown)),
                 "{key}"
             );
         }
@@ -221,6 +343,7 @@ mod tests {
         let raw = parse(&active).unwrap();
         assert_eq!((raw.cpus, raw.activate), (Some(2), Some(true)));
         assert_eq!(raw.environment, [("TZ".to_owned(), "Europe/Berlin".to_owned())]);
+        assert_eq!((raw.forwards.len(), raw.sockets.len(), raw.host_ports.len()), (1, 1, 2));
     }
 
     #[test]
@@ -246,6 +369,14 @@ mod tests {
                 None,
             ),
             ("[env]\nA = 1", "`env` must be a table of strings", None),
+            ("host-ports = 5", "line 1: `host-ports` must be a list of ports", None),
+            ("forward = 5", "line 1: `forward` must be [[forward]]", None),
+            (
+                "[[forward]]\nguest = 80\n[[forward]]\ngest = 81",
+                "line 4: unknown key `gest`",
+                Some("did you mean `guest`"),
+            ),
+            ("[[socket]]\nzebra = ''", "line 2: unknown key `zebra`", Some("the keys are listen,")),
             ("cpus = 2\ncpus = 3", "line 2: not valid TOML", None),
             ("cpus 2", "line 1: not valid TOML", None),
         ];
@@ -253,7 +384,7 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(error.to_string().contains(message), "{error}");
             assert_eq!(error.hint().is_some(), hint.is_some(), "{error}");
-            assert!(error.hint().unwrap_or_default().starts_with(hint.unwrap_or_default()));
+            assert!(error.hint().unwrap_or_default().starts_with(hint.unwrap_or_default()), "{error}");
         }
     }
 }

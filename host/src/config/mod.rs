@@ -10,6 +10,7 @@ mod file;
 mod merge;
 mod mounts;
 mod name;
+mod passages;
 mod paths;
 mod profile;
 mod size;

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::file::RawProfile;
-use super::{ConfigError, MountSpec, Paths, ProfileName, mounts, size};
+use super::{ConfigError, MountSpec, Paths, ProfileName, mounts, passages, size};
+use crate::forward::rules::Passages;
 
 /// Least memory that dockerd and the system come up in, in MiB.
 const MEMORY_MIN: u64 = 512;
@@ -58,6 +59,10 @@ pub struct Profile {
     pub acceleration: Acceleration,
     /// Environment of the guest's daemons and commands.
     pub environment: Vec<(String, String)>,
+    /// Ports and sockets between host and guest.
+    pub passages: Passages,
+    /// Lead a socket of the guest to the host's ssh-agent.
+    pub forward_agent: bool,
 }
 
 /// What this machine has, and where the user's home is.
@@ -111,6 +116,8 @@ impl Profile {
             activate: raw.activate.unwrap_or(true),
             acceleration: raw.acceleration.unwrap_or_default(),
             environment: environment(raw.environment)?,
+            passages: passages::resolve(&raw.forwards, &raw.sockets, &raw.host_ports, home)?,
+            forward_agent: raw.forward_agent.unwrap_or(false),
         })
     }
 }

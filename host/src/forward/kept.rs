@@ -6,11 +6,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use tokio::net::{TcpListener, TcpSocket};
+use dhow_protocol::ports::Protocol;
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::sync::mpsc;
 
-/// Before the address in the name of a held socket.
-const PREFIX: &str = "forward:tcp:";
+use super::policy::HostEnd;
+
+/// Before protocol and address in the name of a held socket.
+const PREFIX: &str = "forward:";
 /// Connections that wait for a supervisor; more wait in the client's kernel.
 const BACKLOG: u32 = 1024;
 
@@ -26,7 +30,7 @@ pub enum Change {
 /// The sockets that an earlier supervisor left, and the way to have others held.
 #[derive(Debug, Default)]
 pub struct Kept {
-    inherited: HashMap<SocketAddr, std::net::TcpListener>,
+    inherited: HashMap<HostEnd, OwnedFd>,
     changes: Option<mpsc::UnboundedSender<Change>>,
 }
 
@@ -39,11 +43,9 @@ impl Kept {
         let names: Vec<String> = held.keys().filter(|name| name.starts_with(PREFIX)).cloned().collect();
         let mut inherited = HashMap::new();
         for name in names {
-            let address = name.strip_prefix(PREFIX).and_then(|text| text.parse::<SocketAddr>().ok());
-            let listener = held.remove(&name).map(std::net::TcpListener::from);
-            match (address, listener) {
-                (Some(address), Some(listener)) if listener.local_addr().ok() == Some(address) => {
-                    inherited.insert(address, listener);
+            match (end_of(&name), held.remove(&name)) {
+                (Some(end), Some(socket)) if is_bound_to(&socket, end.address) => {
+                    inherited.insert(end, socket);
                 }
                 _ => {
                     tracing::warn!(name, "a held socket is not what it is called");
@@ -59,41 +61,87 @@ impl Kept {
     ///
     /// # Errors
     /// When it cannot be bound.
-    pub fn bind(&mut self, address: SocketAddr) -> io::Result<TcpListener> {
-        if let Some(listener) = self.inherited.remove(&address) {
+    pub fn bind_tcp(&mut self, address: SocketAddr) -> io::Result<TcpListener> {
+        let end = HostEnd { protocol: Protocol::Tcp, address };
+        if let Some(socket) = self.inherited.remove(&end) {
+            let listener = std::net::TcpListener::from(socket);
             listener.set_nonblocking(true)?;
             return TcpListener::from_std(listener);
         }
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         // Past connections in TIME_WAIT do not keep a forward from coming back.
         socket.set_reuseaddr(true)?;
+        if address.is_ipv6() {
+            // IPv4 is a host address of its own.
+            sockopt::set_ipv6_v6only(&socket, true)?;
+        }
         socket.bind(address)?;
         let listener = socket.listen(BACKLOG)?;
-        if let Some(changes) = &self.changes {
-            let held = listener.as_fd().try_clone_to_owned()?;
-            // Without a receiver the supervisor is ending.
-            let _ = changes.send(Change::Hold(name(address), held));
-        }
+        self.hold(end, listener.as_fd().try_clone_to_owned()?);
         Ok(listener)
     }
 
-    /// The socket at `address` is no longer wanted.
-    pub fn release(&self, address: SocketAddr) {
+    /// A UDP socket at `address`, likewise.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub fn bind_udp(&mut self, address: SocketAddr) -> io::Result<UdpSocket> {
+        let end = HostEnd { protocol: Protocol::Udp, address };
+        let socket = match self.inherited.remove(&end) {
+            Some(socket) => std::net::UdpSocket::from(socket),
+            None => {
+                let socket = std::net::UdpSocket::bind(address)?;
+                self.hold(end, socket.as_fd().try_clone_to_owned()?);
+                socket
+            }
+        };
+        socket.set_nonblocking(true)?;
+        UdpSocket::from_std(socket)
+    }
+
+    /// The socket at `end` is no longer wanted.
+    pub fn release(&self, end: HostEnd) {
         if let Some(changes) = &self.changes {
-            let _ = changes.send(Change::Release(name(address)));
+            let _ = changes.send(Change::Release(name(end)));
         }
     }
 
     /// Closes what an earlier supervisor left and nobody has bound: the guest no longer listens there.
     pub fn release_inherited(&mut self) {
-        for address in std::mem::take(&mut self.inherited).into_keys() {
-            self.release(address);
+        for end in std::mem::take(&mut self.inherited).into_keys() {
+            self.release(end);
+        }
+    }
+
+    fn hold(&self, end: HostEnd, socket: OwnedFd) {
+        if let Some(changes) = &self.changes {
+            // Without a receiver the supervisor is ending.
+            let _ = changes.send(Change::Hold(name(end), socket));
         }
     }
 }
 
-fn name(address: SocketAddr) -> String {
-    format!("{PREFIX}{address}")
+fn name(HostEnd { protocol, address }: HostEnd) -> String {
+    let protocol = match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    format!("{PREFIX}{protocol}:{address}")
+}
+
+fn end_of(name: &str) -> Option<HostEnd> {
+    let (protocol, address) = name.strip_prefix(PREFIX)?.split_once(':')?;
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        _ => return None,
+    };
+    Some(HostEnd { protocol, address: address.parse().ok()? })
+}
+
+fn is_bound_to(socket: &OwnedFd, address: SocketAddr) -> bool {
+    let bound = rustix::net::getsockname(socket).ok().and_then(|bound| SocketAddr::try_from(bound).ok());
+    bound == Some(address)
 }
 
 #[cfg(test)]
@@ -118,14 +166,14 @@ mod tests {
         let (mut first, mut changes) = Kept::take(&mut held);
         let any = "127.0.0.1:0".parse().unwrap();
         let free = std::net::TcpListener::bind::<SocketAddr>(any).unwrap().local_addr().unwrap();
-        let listener = first.bind(free).unwrap();
+        let listener = first.bind_tcp(free).unwrap();
         hold(&mut held, &mut changes);
         assert_eq!(held.len(), 1);
         drop((first, listener, changes));
 
         let mut client = TcpStream::connect(free).await.unwrap();
         let (mut second, mut changes) = Kept::take(&mut held);
-        let listener = second.bind(free).unwrap();
+        let listener = second.bind_tcp(free).unwrap();
         second.release_inherited();
         assert!(changes.try_recv().is_err(), "what is bound stays held");
         listener.accept().await.unwrap().0.write_all(b"hello").await.unwrap();
@@ -135,13 +183,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_datagram_of_a_dead_supervisors_client_is_read_by_the_next() {
+        let mut held = HashMap::new();
+        let (mut first, mut changes) = Kept::take(&mut held);
+        let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let socket = first.bind_udp(free).unwrap();
+        hold(&mut held, &mut changes);
+        drop((first, socket, changes));
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.send_to(b"hello", free).await.unwrap();
+        let socket = Kept::take(&mut held).0.bind_udp(free).unwrap();
+        let mut said = [0; 9];
+        assert_eq!(socket.recv_from(&mut said).await.unwrap(), (5, client.local_addr().unwrap()));
+    }
+
+    #[tokio::test]
     async fn what_nobody_wants_any_more_is_released() {
         let mut held = HashMap::new();
         let listener = std::net::TcpListener::bind("[::1]:0").unwrap();
         let address = listener.local_addr().unwrap();
-        held.insert(name(address), listener.into());
+        let end = |protocol| HostEnd { protocol, address };
+        held.insert(name(end(Protocol::Tcp)), listener.into());
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        held.insert(format!("{PREFIX}127.0.0.1:1"), other.into());
+        held.insert("forward:tcp:127.0.0.1:1".to_owned(), other.into());
         held.insert("api".to_owned(), std::fs::File::open("/dev/null").unwrap().into());
         let (mut kept, mut changes) = Kept::take(&mut held);
         kept.release_inherited();
@@ -151,6 +215,7 @@ mod tests {
         }
         assert_eq!(released.len(), 2);
         assert!(released.contains(&format!("Release(\"forward:tcp:{address}\")")), "{released:?}");
+        assert_eq!(end_of(&name(end(Protocol::Udp))), Some(end(Protocol::Udp)));
         assert!(TcpStream::connect(address).await.is_err());
         assert_eq!(held.len(), 1);
     }

@@ -1,4 +1,5 @@
-//! Host endpoints that lead to guest ones: which (policy), TCP, unix sockets, and the guest's names.
+//! Host endpoints that lead to guest ones, which (rules, policy, table), over TCP, UDP and unix sockets; what the
+//! guest reaches of the host (services); and the guest's names.
 //!
 //! Nothing here copies a byte of a connection: an accepted socket is handed to the vsock transport,
 //! which moves data straight between it and the guest.
@@ -7,7 +8,12 @@ mod dns;
 mod hosts;
 mod kept;
 mod policy;
+pub mod rules;
+mod services;
+pub mod sockets;
+mod table;
 mod tcp;
+mod udp;
 mod unix;
 mod upstream;
 
@@ -18,8 +24,9 @@ use dhow_protocol::stream::StreamHeader;
 
 pub use dns::serve_dns;
 pub use kept::{Change, Kept};
-pub use policy::{Decision, Policy};
-pub use tcp::Forwards;
+pub use policy::{Decision, HostEnd, Policy};
+pub use services::{HostServices, serve_host};
+pub use table::Forwards;
 pub use unix::serve_unix;
 
 /// A way into the guest: opens a stream and makes a socket its host end.

@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use dhow_protocol::ports::{Listener, Protocol};
 
+use super::rules::{Action, Rule};
+
 /// Endpoints on the host at the most.
 pub const MAX_FORWARDS: usize = 256;
 /// Where Linux lets ordinary users begin, unless told otherwise (`ip_unprivileged_port_start`).
@@ -21,59 +23,75 @@ pub struct Policy {
     pub first_port: u16,
     /// Endpoints at the most.
     pub limit: usize,
-    /// Ports that are never forwarded.
+    /// Ports of the host that are not forwarded unless a rule says so.
     pub denied: Vec<u16>,
+    /// The profile's; the first that fits a listener decides.
+    pub rules: Vec<Rule>,
+}
+
+/// An address of the host that leads into the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostEnd {
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Where the host listens.
+    pub address: SocketAddr,
 }
 
 /// What becomes of a listening socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// Bind these host addresses, all on the loopback; none where it has all that it gets.
-    Bind(Vec<SocketAddr>),
+    /// Bind these host addresses; none where it has all that it gets. They are on the loopback unless a rule
+    /// says otherwise.
+    Bind(Vec<HostEnd>),
     /// Bind none; the reason is a sentence for a person.
     Refuse(String),
 }
 
 impl Policy {
-    /// The policy for this process: what the kernel lets it bind.
+    /// The policy for this process: what the kernel lets it bind, and `rules`.
     #[must_use]
-    pub fn for_this_process() -> Self {
+    pub fn for_this_process(rules: Vec<Rule>) -> Self {
         let start = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start")
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(DEFAULT_UNPRIVILEGED_START);
         let first_port = if may_bind_all() { 0 } else { start };
-        Self { first_port, limit: MAX_FORWARDS, denied: DENIED.to_vec() }
+        Self { first_port, limit: MAX_FORWARDS, denied: DENIED.to_vec(), rules }
+    }
+
+    /// What is forwarded whether or not the guest listens.
+    pub fn statics(&self) -> impl Iterator<Item = Listener> + '_ {
+        self.rules.iter().flat_map(Rule::statics)
     }
 
     /// Decides about `listener`, while `taken` says which host addresses lead where already.
     #[must_use]
-    pub fn decide(&self, listener: &Listener, taken: &BTreeMap<SocketAddr, Listener>) -> Decision {
-        let port = listener.port;
-        if listener.protocol == Protocol::Udp {
-            return Decision::Refuse("UDP forwards are not there yet".into());
-        }
-        if port == 0 {
+    pub fn decide(&self, listener: &Listener, taken: &BTreeMap<HostEnd, Listener>) -> Decision {
+        if listener.port == 0 {
             return Decision::Refuse("0 is no port".into());
         }
-        if self.denied.contains(&port) {
-            return Decision::Refuse(format!("port {port} is never forwarded"));
-        }
-        if port < self.first_port {
+        let wanted = match self.wanted(listener) {
+            Ok(wanted) => wanted,
+            Err(why) => return Decision::Refuse(why),
+        };
+        if let Some(low) = wanted.iter().find(|end| end.address.port() < self.first_port) {
             return Decision::Refuse(format!(
-                "ports below {} need a privilege on the host: publish another one, or lower \
+                "ports below {} need a privilege on the host, and this is {}: publish another one, or lower \
                  net.ipv4.ip_unprivileged_port_start there",
-                self.first_port
+                self.first_port,
+                low.address.port()
             ));
         }
-        let wanted = host_addresses(listener);
-        let free: Vec<_> = wanted.iter().copied().filter(|address| !taken.contains_key(address)).collect();
-        if free.is_empty() && wanted.iter().any(|address| taken.get(address) == Some(listener)) {
+        let free: Vec<_> = wanted.iter().copied().filter(|end| !taken.contains_key(end)).collect();
+        if free.is_empty() && wanted.iter().any(|end| taken.get(end) == Some(listener)) {
             return Decision::Bind(free);
         }
         if free.is_empty() {
-            let holder = wanted.first().and_then(|address| taken.get(address));
-            let holder = holder.map_or(port.to_string(), |holder| endpoint(holder).to_string());
+            let (port, holder) = wanted.first().map_or((listener.port, None), |end| {
+                (end.address.port(), taken.get(end).map(|holder| endpoint(holder).to_string()))
+            });
+            let holder = holder.unwrap_or_else(|| "something".to_owned());
             return Decision::Refuse(format!("port {port} leads to {holder} of the guest already"));
         }
         if taken.len() + free.len() > self.limit {
@@ -81,14 +99,37 @@ impl Policy {
         }
         Decision::Bind(free)
     }
+
+    /// The host addresses that a listener is to have, as the first rule that fits says; `Err` with why none.
+    fn wanted(&self, listener: &Listener) -> Result<Vec<HostEnd>, String> {
+        let Listener { protocol, port, .. } = *listener;
+        let ends = |addresses: Vec<IpAddr>, port| {
+            let end = |address| HostEnd { protocol, address: SocketAddr::new(address, port) };
+            addresses.into_iter().map(end).collect()
+        };
+        let Some(rule) = self.rules.iter().find(|rule| rule.fits(listener)) else {
+            return match self.denied.contains(&port) {
+                true => Err(format!("port {port} is forwarded only where a rule of the profile says so")),
+                false => Ok(ends(loopback(listener.address), port)),
+            };
+        };
+        match rule.action {
+            Action::Ignore => Err("a rule of the profile ignores it".to_owned()),
+            Action::Forward { address, first_port, .. } => {
+                let Some(port) = first_port.checked_add(port - rule.ports.first) else {
+                    return Err("the rule's range on the host ends before this port".to_owned());
+                };
+                Ok(ends(address.map_or_else(|| loopback(listener.address), |address| vec![address]), port))
+            }
+        }
+    }
 }
 
 /// The loopback addresses that stand for a guest's address: of its family, and for the IPv6
 /// wildcard, which mostly takes IPv4 too, of both.
-fn host_addresses(listener: &Listener) -> Vec<SocketAddr> {
-    let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.port));
-    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, listener.port));
-    match listener.address {
+fn loopback(address: IpAddr) -> Vec<IpAddr> {
+    let (v4, v6) = (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
+    match address {
         IpAddr::V4(_) => vec![v4],
         IpAddr::V6(address) if address.to_ipv4_mapped().is_some() => vec![v4],
         IpAddr::V6(address) if address.is_unspecified() => vec![v4, v6],
@@ -114,97 +155,5 @@ fn may_bind_all() -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn policy() -> Policy {
-        Policy { first_port: 1024, limit: 4, denied: vec![22, 5000] }
-    }
-
-    fn listener(address: &str) -> Listener {
-        let address: SocketAddr = address.parse().unwrap();
-        Listener { protocol: Protocol::Tcp, address: address.ip(), port: address.port() }
-    }
-
-    fn bound(addresses: &[&str]) -> Decision {
-        Decision::Bind(addresses.iter().map(|address| address.parse().unwrap()).collect())
-    }
-
-    #[test]
-    fn whatever_the_guest_binds_the_host_binds_its_loopback() {
-        let none = BTreeMap::new();
-        for (guest, host) in [
-            ("0.0.0.0:8080", &["127.0.0.1:8080"][..]),
-            ("127.0.0.1:8080", &["127.0.0.1:8080"]),
-            ("10.1.2.3:8080", &["127.0.0.1:8080"]),
-            ("[::]:8080", &["127.0.0.1:8080", "[::1]:8080"]),
-            ("[::1]:8080", &["[::1]:8080"]),
-            ("[::ffff:1.2.3.4]:8080", &["127.0.0.1:8080"]),
-        ] {
-            assert_eq!(policy().decide(&listener(guest), &none), bound(host), "{guest}");
-        }
-    }
-
-    #[test]
-    fn both_wildcards_share_a_port() {
-        let (v4, v6) = (listener("0.0.0.0:8080"), listener("[::]:8080"));
-        let taken = BTreeMap::from([("127.0.0.1:8080".parse().unwrap(), v4)]);
-        assert_eq!(policy().decide(&v6, &taken), bound(&["[::1]:8080"]));
-        assert_eq!(policy().decide(&v4, &taken), bound(&[]));
-        assert!(matches!(policy().decide(&listener("10.0.0.1:8080"), &taken), Decision::Refuse(why)
-            if why == "port 8080 leads to 127.0.0.1:8080 of the guest already"));
-    }
-
-    #[test]
-    fn refusals_say_why() {
-        let none = BTreeMap::new();
-        for (guest, part) in [
-            ("0.0.0.0:80", "ip_unprivileged_port_start"),
-            ("0.0.0.0:22", "never"),
-            ("0.0.0.0:5000", "never"),
-            ("0.0.0.0:0", "no port"),
-        ] {
-            let Decision::Refuse(why) = policy().decide(&listener(guest), &none) else { panic!("{guest}") };
-            assert!(why.contains(part), "{why}");
-        }
-        let udp = Listener { protocol: Protocol::Udp, ..listener("0.0.0.0:8080") };
-        assert!(matches!(policy().decide(&udp, &none), Decision::Refuse(_)));
-        let root = Policy { first_port: 0, ..policy() };
-        assert_eq!(root.decide(&listener("0.0.0.0:80"), &none), bound(&["127.0.0.1:80"]));
-    }
-
-    #[test]
-    fn endpoints_are_reachable_in_the_guest() {
-        for (guest, target) in [
-            ("0.0.0.0:1", "127.0.0.1:1"),
-            ("[::]:1", "[::1]:1"),
-            ("10.0.0.1:1", "10.0.0.1:1"),
-            ("[::ffff:10.0.0.1]:1", "10.0.0.1:1"),
-        ] {
-            assert_eq!(endpoint(&listener(guest)), target.parse().unwrap());
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn only_loopback_never_twice_never_too_many(
-            guests in proptest::collection::vec((any::<IpAddr>(), any::<u16>()), 0..40)
-        ) {
-            let (policy, mut taken) = (policy(), BTreeMap::new());
-            for (address, port) in guests {
-                let guest = Listener { protocol: Protocol::Tcp, address, port };
-                if let Decision::Bind(addresses) = policy.decide(&guest, &taken) {
-                    prop_assert!(!addresses.is_empty() || taken.values().any(|own| *own == guest));
-                    for address in addresses {
-                        prop_assert!(address.ip().is_loopback());
-                        prop_assert_eq!(address.port(), port);
-                        prop_assert!(port >= 1024 && port != 5000);
-                        prop_assert!(taken.insert(address, guest).is_none());
-                    }
-                }
-            }
-            prop_assert!(taken.len() <= policy.limit);
-        }
-    }
-}
+#[path = "policy_tests.rs"]
+mod tests;

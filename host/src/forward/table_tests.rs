@@ -3,8 +3,10 @@
 use std::os::fd::OwnedFd;
 
 use super::*;
-use dhow_protocol::ports::Protocol;
+use crate::forward::rules::{Action, PortRange, Rule};
+use dhow_protocol::stream::StreamHeader;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 /// Echoes until the client's half-close, or refuses.
 #[derive(Clone)]
@@ -36,8 +38,12 @@ fn guest(refuse: bool) -> (Guest, tokio::sync::mpsc::UnboundedReceiver<StreamHea
     (Guest { refuse, asked }, headers)
 }
 
+fn policy() -> Policy {
+    Policy { first_port: 1024, limit: 16, denied: vec![22], rules: Vec::new() }
+}
+
 fn forwards() -> Arc<Forwards> {
-    Forwards::new(Policy { first_port: 1024, limit: 16, denied: vec![22] }, Kept::default())
+    Forwards::new(policy(), Kept::default())
 }
 
 fn listener(address: &str, port: u16) -> Listener {
@@ -97,7 +103,7 @@ async fn a_port_in_use_is_reported_and_taken_when_it_is_free() {
     let report = &forwards.reports()[0];
     assert_eq!(report.host, None);
     assert!(report.reason.as_ref().unwrap().contains("in use on the host"));
-    assert!(forwards.table.lock().unwrap().retry);
+    assert!(forwards.table().retry);
     drop(other);
     forwards.settle(&opener);
     assert_eq!(forwards.reports()[0].host, Some(([127, 0, 0, 1], port).into()));
@@ -148,7 +154,27 @@ async fn a_flood_is_bounded() {
     let forwards = forwards();
     let all = (20_000..40_000).map(|port| listener("127.0.0.1", port)).collect();
     forwards.apply(PortsEvent::All(all), &opener);
-    let table = forwards.table.lock().unwrap();
+    let table = forwards.table();
     assert!(table.bound.len() <= 16);
     assert_eq!(table.listeners.len(), MAX_LISTENERS);
+}
+
+#[tokio::test]
+async fn a_static_rule_listens_without_the_guest() {
+    let (opener, mut headers) = guest(false);
+    let forwards = forwards();
+    let (port, other) = (free_port(), free_port());
+    let action = Action::Forward { address: None, first_port: other, always: true };
+    let rule = Rule { protocol: None, address: None, ports: PortRange { first: port, last: port }, action };
+    forwards.follow(Policy { rules: vec![rule], ..policy() });
+    for event in
+        [PortsEvent::All(vec![]), PortsEvent::All(vec![listener("0.0.0.0", port)]), PortsEvent::All(vec![])]
+    {
+        forwards.apply(event, &opener);
+        assert_eq!(forwards.reports().len(), 1);
+        TcpStream::connect(("127.0.0.1", other)).await.unwrap();
+        let target = StreamHeader::Tcp { address: [127, 0, 0, 1].into(), port };
+        assert_eq!(headers.recv().await.unwrap(), target);
+    }
+    assert!(TcpStream::connect(("127.0.0.1", port)).await.is_err(), "the rule has another port");
 }

@@ -24,7 +24,7 @@ use super::stop;
 use super::vm::{Parts, Running, Vm, sentence};
 use crate::config::Paths;
 use crate::forward::Forwards;
-use crate::procfs::is_dying;
+use dhow_parent::procfs::is_dying;
 
 /// How long QEMU may take to give its memory back.
 const DYING: std::time::Duration = std::time::Duration::from_secs(10);

@@ -141,7 +141,7 @@ impl Supervisor {
         let docker = listener(&mut restored.fds, keeper::DOCKER)?;
         let (kept, changes) = Kept::take(&mut restored.fds);
         let holding = tokio::spawn(services::hold_sockets(self.link.clone(), changes));
-        let forwards = Forwards::new(Policy::for_this_process(), kept);
+        let forwards = Forwards::new(Policy::for_this_process(Vec::new()), kept);
         let state = Arc::new(State::new(self.paths.docker_socket()));
         let (stop, mut stops) = mpsc::channel(1);
         let mut terminate = signal(SignalKind::terminate())?;

@@ -14,6 +14,8 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
 /// On the guest's `lo`, so that no packet leaves for it; not 127.*, which dockerd would not hand on.
 const DNS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 53);
+/// On `lo` as well: what `host.docker.internal` means.
+const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
 /// Only for QEMU's own name server, which nobody asks.
 const SLIRP_DNS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 3);
 const PREFIX: u8 = 24;
@@ -64,7 +66,8 @@ impl Plan {
 /// # Errors
 /// When passt is there and does not come up.
 pub async fn bring_up(processes: &Processes<'_>, qemu: (u32, u32)) -> Result<Plan, ProcessError> {
-    let guest = NetworkConfig { address: GUEST, prefix: PREFIX, gateway: GATEWAY, dns: DNS, mtu: MTU };
+    let guest =
+        NetworkConfig { address: GUEST, prefix: PREFIX, gateway: GATEWAY, dns: DNS, host: HOST, mtu: MTU };
     let passt = start_passt(processes).await?;
     if passt.is_some() {
         let reconnect = Reconnect::of_version(qemu);

@@ -15,9 +15,10 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::processes::{QEMU_NAME, has_ended};
 use crate::config::{MountSpec, Paths};
-use crate::procfs::{Stat, is_dying};
+use crate::forward::rules::Passages;
+use dhow_parent::procfs::{Stat, is_dying};
 
-/// Largest record in bytes; a share takes about 100.
+/// Largest record in bytes; a share takes about 100, a rule 20.
 const LIMIT: u64 = 1 << 20;
 
 /// How far a VM has come.
@@ -97,13 +98,17 @@ pub struct Record {
     pub network: NetworkKind,
     /// The shares, a folder before what lies in it.
     pub shares: Vec<ShareRecord>,
+    /// Ports and sockets between host and guest.
+    pub passages: Passages,
     /// The processes, at most one of a name.
     pub processes: Vec<ProcessRecord>,
 }
 
 #[derive(Debug, Encode, Decode)]
 enum Versioned {
-    V1(Record),
+    /// Of a version that knew no rules for ports: such a VM is not taken over.
+    V1,
+    V2(Record),
 }
 
 /// Where the record lies.
@@ -160,8 +165,10 @@ impl Record {
         use std::io::Read;
         let mut bytes = Vec::new();
         std::fs::File::open(path)?.take(LIMIT).read_to_end(&mut bytes)?;
-        let Versioned::V1(record) = codec::from_bytes(&bytes).map_err(io::Error::other)?;
-        Ok(record)
+        match codec::from_bytes(&bytes).map_err(io::Error::other)? {
+            Versioned::V2(record) => Ok(record),
+            Versioned::V1 => Err(io::Error::other("it is of an older version")),
+        }
     }
 
     /// Writes it, whole or not at all.
@@ -169,7 +176,7 @@ impl Record {
     /// # Errors
     /// When the run folder takes no file.
     pub fn write(&self, paths: &Paths) -> io::Result<()> {
-        let bytes = codec::to_bytes(&Versioned::V1(self.clone())).map_err(io::Error::other)?;
+        let bytes = codec::to_bytes(&Versioned::V2(self.clone())).map_err(io::Error::other)?;
         crate::files::replace(&file(paths), &bytes)
     }
 
@@ -242,6 +249,7 @@ mod tests {
                 read_only: false,
                 session: [7; 16],
             }],
+            passages: Passages::default(),
             processes: vec![ProcessRecord { name: "qemu".to_owned(), pid: 4, started: 5 }],
         }
     }
@@ -281,9 +289,9 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let record = Record { host_boot: "b".to_owned(), shares: Vec::new(), ..record() };
-        let bytes = codec::to_bytes(&Versioned::V1(record)).unwrap();
+        let bytes = codec::to_bytes(&Versioned::V2(record)).unwrap();
         let want =
-            b"\x00\x01b\x01\x03tcg\x02\xfb\x00\x08\x64\x09/images/1\x01\x00\x01\x00\x01\x04qemu\x08\x05";
+            b"\x01\x01b\x01\x03tcg\x02\xfb\x00\x08\x64\x09/images/1\x01\x00\x01\x00\x00\x00\x00\x01\x04qemu\x08\x05";
         assert_eq!(bytes, want);
     }
 

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::guest::{Guest, OPEN_DEADLINE};
 use super::state::{Snapshot, State};
 use crate::api::{API_LIMIT, ApiReply, ApiRequest, StatusReport, VmState};
-use crate::procfs::is_stopped;
+use dhow_parent::procfs::is_stopped;
 
 /// How long a command may take to send its request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);

@@ -16,7 +16,8 @@ use super::logs;
 use super::paused;
 use super::state::State;
 use super::vm::Vm;
-use crate::forward::{self, Change, Forwards};
+use crate::forward::rules::Side;
+use crate::forward::{self, Change, Forwards, HostServices, Policy, sockets};
 
 /// The guest's docker socket.
 const DOCKER_SOCKET: &str = "/run/docker.sock";
@@ -47,7 +48,46 @@ pub fn unix_nanos() -> u64 {
 pub fn start(tasks: &mut JoinSet<()>, vm: &Arc<Vm>) {
     tasks.spawn(tell_time(Arc::clone(vm)));
     tasks.spawn(serve_names(vm.guest.opener.clone()));
+    vm.forwards.follow(Policy::for_this_process(vm.ledger.record().passages.rules));
     tasks.spawn(follow_ports(vm.guest.opener.clone(), Arc::clone(&vm.forwards)));
+    serve_passages(tasks, vm);
+}
+
+/// Starts what the profile's rules for sockets and the host's ports ask for.
+fn serve_passages(tasks: &mut JoinSet<()>, vm: &Vm) {
+    let passages = vm.ledger.record().passages;
+    let services = HostServices::new(&passages);
+    if !services.is_empty() {
+        tasks.spawn(serve_host(vm.guest.opener.clone(), Arc::new(services)));
+    }
+    for rule in passages.sockets.into_iter().filter(|rule| rule.listen == Side::Host) {
+        match sockets::listen(&rule.host) {
+            Ok((listener, name)) => {
+                let opener = vm.guest.opener.clone();
+                tasks.spawn(async move {
+                    let _name = name;
+                    forward::serve_unix(listener, rule.guest, opener).await;
+                });
+            }
+            Err(error) => {
+                let problem = format!("the socket {} cannot be made: {error}", rule.host.display());
+                vm.state.problem(&format!("socket {}", rule.host.display()), Some(problem));
+            }
+        }
+    }
+}
+
+async fn serve_host(opener: Opener, services: Arc<HostServices>) {
+    loop {
+        match opener.open_here(&StreamHeader::HostServices(services.offer()), OPEN_DEADLINE).await {
+            Ok(stream) => {
+                let ended = forward::serve_host(stream, Arc::clone(&services), opener.clone()).await;
+                tracing::info!(?ended, "the stream of the host's services ended");
+            }
+            Err(error) => tracing::warn!(error = crate::errors::chain(&error), "no stream of services"),
+        }
+        tokio::time::sleep(REOPEN).await;
+    }
 }
 
 /// Adds docker.sock, once docker answers.

@@ -1,6 +1,7 @@
 //! The steps from nothing to a VM whose agent is about to answer; `guest_setup.rs` has the rest.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use super::state::{Facts, State};
 use super::vm::{Parts, Running, Vm};
 use crate::config::{Acceleration, ConfigError, Paths, Profile};
 use crate::forward::Forwards;
+use crate::forward::rules::{Passages, Side, SocketRule};
 use crate::images::initramfs;
 use crate::images::store::{Image, ImageError};
 use crate::keeper;
@@ -34,6 +36,8 @@ use crate::qemu::command::{self, Accelerator};
 pub const DOCKER_BUNDLE: &str = "docker";
 /// The agent's file, beside this program or in the image's folder.
 const AGENT: &str = "dhow-agent";
+/// Where the guest and containers find the host's ssh-agent: as in Docker Desktop.
+const AGENT_SOCKET: &str = "/run/host-services/ssh-auth.sock";
 
 /// Why there is no docker.
 #[derive(Debug, thiserror::Error)]
@@ -156,7 +160,9 @@ pub async fn bring_up(
         path: paths.disk(),
         source,
     })?;
-    let ledger = begin_record(&profile, &paths, &image, accelerator)?;
+    let passages = passages(&profile, std::env::var_os("SSH_AUTH_SOCK").as_deref(), state);
+    let environment = environment(&profile, &passages);
+    let ledger = begin_record(&profile, passages, &paths, &image, accelerator)?;
     show(&ledger.record(), state);
     let (qemu, helpers, secret) = {
         let processes = Processes { link: &link, paths: &paths, state, ledger: &ledger };
@@ -169,7 +175,7 @@ pub async fn bring_up(
         let boot = BootConfig {
             hostname: hostname(profile.name.as_str()),
             network: Some(plan.guest),
-            environment: plan.environment(&profile.environment),
+            environment: plan.environment(&environment),
             unix_nanos: services::unix_nanos(),
             log_filter: std::env::var("DHOW_AGENT_LOG").unwrap_or_else(|_| "info".to_owned()),
         };
@@ -206,6 +212,7 @@ fn take_disk(fds: &mut HashMap<String, OwnedFd>, paths: &Paths) -> Result<OwnedF
 /// Notes the VM before anything of it is started.
 fn begin_record(
     profile: &Profile,
+    passages: Passages,
     paths: &Paths,
     image: &Image,
     accelerator: Accelerator,
@@ -222,6 +229,7 @@ fn begin_record(
             activate: profile.activate,
             network: NetworkKind::Slirp,
             shares: share_records(profile)?,
+            passages,
             processes: Vec::new(),
         };
         Ledger::begin(paths, record)
@@ -231,6 +239,31 @@ fn begin_record(
         path: paths.run_dir().to_owned(),
         source,
     })
+}
+
+/// The profile's ports and sockets, and the way to the ssh-agent at `agent` where the profile asks for it.
+fn passages(profile: &Profile, agent: Option<&OsStr>, state: &State) -> Passages {
+    let mut passages = profile.passages.clone();
+    match agent.map(PathBuf::from).filter(|path| path.is_absolute()) {
+        _ if !profile.forward_agent => {}
+        Some(host) => {
+            passages.sockets.push(SocketRule { listen: Side::Guest, host, guest: AGENT_SOCKET.to_owned() });
+        }
+        None => state.notice(
+            "forward-agent is on, and no ssh-agent is known here: SSH_AUTH_SOCK is not set".to_owned(),
+        ),
+    }
+    passages
+}
+
+/// The profile's environment, and where the ssh-agent is in the guest.
+fn environment(profile: &Profile, passages: &Passages) -> Vec<(String, String)> {
+    let mut environment = profile.environment.clone();
+    let has_agent = passages.sockets.iter().any(|rule| rule.guest == AGENT_SOCKET);
+    if has_agent && environment.iter().all(|(name, _)| name != "SSH_AUTH_SOCK") {
+        environment.push(("SSH_AUTH_SOCK".to_owned(), AGENT_SOCKET.to_owned()));
+    }
+    environment
 }
 
 fn share_records(profile: &Profile) -> io::Result<Vec<ShareRecord>> {

@@ -238,8 +238,12 @@ async fn worker(
     launch: &Arc<HereLaunch>,
 ) -> (Arc<Runtimes>, broadcast::Receiver<Event>) {
     let (sender, events) = broadcast::channel(1024);
-    let library =
-        Library { store: store.clone(), mount: Box::new(Arc::clone(mount)), base: Some("trixie".to_owned()) };
+    let library = Library {
+        store: store.clone(),
+        mount: Box::new(Arc::clone(mount)),
+        base: Some("trixie".to_owned()),
+        host: [192, 0, 2, 1].into(),
+    };
     let launch_here: Arc<dyn Launch> = Arc::<HereLaunch>::clone(launch);
     let engine = Engine::new(library, launch_here, Vec::new(), sender);
     (Runtimes::with(engine, launch.children()).await, events)

@@ -1,0 +1,219 @@
+//! One UDP forward: a session for each client, each a stream of its own into the guest.
+//!
+//! ```text
+//! client ──datagram──► socket ──► session of the client's address ──► Udp stream ──► the guest's socket
+//!        ◄────────────────────────────────────────────────────────────
+//! ```
+//! A session ends when nothing has gone either way for [`IDLE`]. What cannot be passed on at once is
+//! dropped, as UDP may: a client that floods fills its own session's queue only.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use dhow_protocol::datagram;
+use dhow_protocol::ports::Listener;
+use dhow_protocol::stream::StreamHeader;
+use tokio::net::{UdpSocket, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Opener;
+use super::policy::endpoint;
+
+/// A session without a datagram for that long is over.
+const IDLE: Duration = Duration::from_secs(30);
+/// Clients of a forward at once; a further one's datagrams are dropped.
+const MAX_SESSIONS: usize = 1024;
+/// Datagrams of a client that wait for the stream.
+const QUEUE: usize = 64;
+
+/// Serves `socket` for ever: drop or abort the future to end it and its sessions.
+pub(super) async fn serve<O: Opener>(socket: UdpSocket, guest: Listener, opener: O) {
+    serve_with(socket, guest, opener, IDLE).await;
+}
+
+async fn serve_with<O: Opener>(socket: UdpSocket, guest: Listener, opener: O, patience: Duration) {
+    let socket = Arc::new(socket);
+    let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
+    let mut sessions = JoinSet::new();
+    let mut buffer = vec![0; datagram::MAX_DATAGRAM];
+    let mut full = false;
+    loop {
+        let (length, client) = tokio::select! {
+            received = socket.recv_from(&mut buffer) => match received {
+                Ok(received) => received,
+                // It tells of an earlier answer that could not be delivered, and is told once.
+                Err(_) => continue,
+            },
+            Some(ended) = sessions.join_next() => {
+                if let Ok(client) = ended
+                    && clients.get(&client).is_some_and(mpsc::Sender::is_closed)
+                {
+                    clients.remove(&client);
+                }
+                continue;
+            }
+        };
+        let room = clients.len() < MAX_SESSIONS;
+        let queue = match clients.entry(client) {
+            Entry::Occupied(known) if !known.get().is_closed() => known.into_mut(),
+            Entry::Vacant(_) if !room => {
+                if !std::mem::replace(&mut full, true) {
+                    tracing::warn!(
+                        port = guest.port,
+                        "more than {MAX_SESSIONS} clients over UDP: the rest is dropped"
+                    );
+                }
+                continue;
+            }
+            entry => {
+                let (queue, datagrams) = mpsc::channel(QUEUE);
+                let (socket, opener) = (Arc::clone(&socket), opener.clone());
+                sessions.spawn(async move {
+                    if let Err(error) = session(&socket, client, guest, &opener, datagrams, patience).await {
+                        tracing::debug!(error, port = guest.port, "a session over UDP failed");
+                    }
+                    client
+                });
+                entry.insert_entry(queue).into_mut()
+            }
+        };
+        // Full, or over just now: it is lost, as a datagram may be.
+        let _ = queue.try_send(buffer[..length].to_vec());
+    }
+}
+
+/// Carries one client's datagrams until none has come for long.
+async fn session<O: Opener>(
+    socket: &UdpSocket,
+    client: SocketAddr,
+    guest: Listener,
+    opener: &O,
+    mut datagrams: mpsc::Receiver<Vec<u8>>,
+    patience: Duration,
+) -> Result<(), String> {
+    let told = |error: io::Error| error.to_string();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(told)?;
+    ours.set_nonblocking(true).map_err(told)?;
+    let mut ours = UnixStream::from_std(ours).map_err(told)?;
+    let target = endpoint(&guest);
+    opener.open(StreamHeader::Udp { address: target.ip(), port: target.port() }, theirs.into()).await?;
+    let (mut reader, mut writer) = ours.split();
+    let begin = Instant::now();
+    // Milliseconds from the begin to the last datagram.
+    let last = AtomicU64::new(0);
+    let note =
+        || last.store(u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    let there = async {
+        while let Some(bytes) = datagrams.recv().await {
+            note();
+            datagram::write(&mut writer, &bytes).await?;
+        }
+        Ok(())
+    };
+    let back = async {
+        let mut bytes = Vec::new();
+        while datagram::read(&mut reader, &mut bytes).await? {
+            note();
+            // A client that is gone, or an answer that is too large for it.
+            let _ = socket.send_to(&bytes, client).await;
+        }
+        Ok(())
+    };
+    let idle = async {
+        loop {
+            let over = begin + Duration::from_millis(last.load(Ordering::Relaxed)) + patience;
+            if Instant::now() >= over {
+                return Ok(());
+            }
+            tokio::time::sleep_until(over).await;
+        }
+    };
+    let ended: io::Result<()> =
+        tokio::select! { ended = there => ended, ended = back => ended, ended = idle => ended };
+    ended.map_err(told)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+    use dhow_protocol::ports::Protocol;
+
+    /// Echoes datagrams on each stream, and counts the streams.
+    #[derive(Clone)]
+    struct Echo(mpsc::UnboundedSender<StreamHeader>);
+
+    impl Opener for Echo {
+        async fn open(&self, header: StreamHeader, fd: OwnedFd) -> Result<(), String> {
+            self.0.send(header).unwrap();
+            let stream = std::os::unix::net::UnixStream::from(fd);
+            stream.set_nonblocking(true).unwrap();
+            let mut stream = UnixStream::from_std(stream).unwrap();
+            tokio::spawn(async move {
+                let mut bytes = Vec::new();
+                while datagram::read(&mut stream, &mut bytes).await.is_ok_and(|more| more) {
+                    datagram::write(&mut stream, &bytes).await.unwrap();
+                }
+            });
+            Ok(())
+        }
+    }
+
+    async fn answer(client: &UdpSocket) -> Vec<u8> {
+        let mut bytes = vec![0; 70_000];
+        let received = tokio::time::timeout(Duration::from_secs(20), client.recv(&mut bytes));
+        let length = received.await.expect("an answer").unwrap();
+        bytes[..length].to_vec()
+    }
+
+    #[tokio::test]
+    async fn each_client_has_a_session_of_its_own() {
+        let (asked, mut headers) = mpsc::unbounded_channel();
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
+        let serving = tokio::spawn(serve(socket, guest, Echo(asked)));
+        for number in 0..3u8 {
+            let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            client.connect(address).await.unwrap();
+            for length in [0, 1, 1400, 9000] {
+                client.send(&vec![number; length]).await.unwrap();
+                assert_eq!(answer(&client).await, vec![number; length]);
+            }
+            let header = headers.recv().await.unwrap();
+            assert_eq!(header, StreamHeader::Udp { address: [127, 0, 0, 1].into(), port: 53 });
+        }
+        assert!(headers.try_recv().is_err(), "one stream for each client");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn a_silent_session_ends_and_a_new_datagram_begins_another() {
+        let (asked, mut headers) = mpsc::unbounded_channel();
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.connect(socket.local_addr().unwrap()).await.unwrap();
+        let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
+        let patience = Duration::from_millis(5);
+        let serving = tokio::spawn(serve_with(socket, guest, Echo(asked), patience));
+        let again = async {
+            for _ in 0..3 {
+                // Within the old session it begins none; some time later it does.
+                while headers.try_recv().is_err() {
+                    client.send(b"x").await.unwrap();
+                    tokio::time::sleep(patience * 2).await;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), again).await.expect("new sessions");
+        serving.abort();
+    }
+}

@@ -14,6 +14,8 @@ mod forwards;
 mod lifecycle;
 mod mounts;
 mod network;
+mod ports;
+mod rules;
 mod selftest;
 mod unprivileged;
 
@@ -32,10 +34,12 @@ fn cases() -> Vec<Case> {
         forwards::cases(),
         mounts::cases(),
         network::cases(),
+        ports::cases(),
         crash::cases(),
         lifecycle::cases(),
         failures::cases(),
         unprivileged::cases(),
+        rules::cases(),
     ]
     .concat();
     cases.sort_by_key(|case| matches!(case.body, Body::Own(_)));

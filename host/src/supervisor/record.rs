@@ -108,7 +108,7 @@ pub struct Record {
 enum Versioned {
     /// Of a version that knew no rules for ports: such a VM is not taken over.
     V1,
-    V2(Record),
+    V2(Box<Record>),
 }
 
 /// Where the record lies.
@@ -166,7 +166,7 @@ impl Record {
         let mut bytes = Vec::new();
         std::fs::File::open(path)?.take(LIMIT).read_to_end(&mut bytes)?;
         match codec::from_bytes(&bytes).map_err(io::Error::other)? {
-            Versioned::V2(record) => Ok(record),
+            Versioned::V2(record) => Ok(*record),
             Versioned::V1 => Err(io::Error::other("it is of an older version")),
         }
     }
@@ -176,7 +176,7 @@ impl Record {
     /// # Errors
     /// When the run folder takes no file.
     pub fn write(&self, paths: &Paths) -> io::Result<()> {
-        let bytes = codec::to_bytes(&Versioned::V2(self.clone())).map_err(io::Error::other)?;
+        let bytes = codec::to_bytes(&Versioned::V2(Box::new(self.clone()))).map_err(io::Error::other)?;
         crate::files::replace(&file(paths), &bytes)
     }
 
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let record = Record { host_boot: "b".to_owned(), shares: Vec::new(), ..record() };
-        let bytes = codec::to_bytes(&Versioned::V2(record)).unwrap();
+        let bytes = codec::to_bytes(&Versioned::V2(Box::new(record))).unwrap();
         let want =
             b"\x01\x01b\x01\x03tcg\x02\xfb\x00\x08\x64\x09/images/1\x01\x00\x01\x00\x00\x00\x00\x01\x04qemu\x08\x05";
         assert_eq!(bytes, want);

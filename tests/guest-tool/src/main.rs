@@ -1,5 +1,7 @@
 //! What end-to-end tests run in the guest where busybox does not suffice: parses arguments, prints errors.
 
+mod ask;
+mod datagrams;
 mod knock;
 mod records;
 mod rename;
@@ -12,6 +14,8 @@ use std::path::Path;
 use dhow_guest_tool::ping;
 
 const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
+       guest-tool datagrams ADDRESS:PORT echoes UDP
+       guest-tool ask HOST:PORT|SOCKET TEXT
        guest-tool records write|check FILE
        guest-tool rename exchange|noreplace FROM TO
        guest-tool pattern SEED SIZE
@@ -23,6 +27,8 @@ fn main() {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {
         ["serve", address] => serve::serve(address),
+        ["datagrams", address] => datagrams::serve(address),
+        ["ask", target, text] => ask::ask(target, text),
         ["records", "write", file] => records::write(file.as_ref()),
         ["records", "check", file] => records::check(file.as_ref()),
         ["rename", "exchange", from, to] => rename::rename(from, to, libc::RENAME_EXCHANGE),

@@ -40,6 +40,10 @@ pub struct NetworkConfig {
     pub dns: Ipv4Addr,
     /// Address that `host.docker.internal` is, on `lo`: there the agent listens for the host's services.
     pub host: Ipv4Addr,
+    /// docker's bridge: its own address, and the bits of its network.
+    pub bridge: (Ipv4Addr, u8),
+    /// What docker cuts its other networks from, and the bits of each of them.
+    pub pool: (Ipv4Addr, u8, u8),
     /// Largest packet, in bytes.
     pub mtu: u16,
 }

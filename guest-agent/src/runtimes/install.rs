@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use dhow_protocol::bundle::{BundleAnswer, BundleOffer, BundleResult};
@@ -10,7 +9,7 @@ use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
 use dhow_protocol::errors::chain;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::manifest::{Manifest, ManifestError, is_name, is_version};
+use super::manifest::{Manifest, ManifestError, Variables, is_name, is_version};
 use super::mount::Mount;
 use super::receive::{ReceiveError, receive};
 use super::store::{Digest, Role, Store};
@@ -91,8 +90,8 @@ pub struct Library {
     pub mount: Box<dyn Mount>,
     /// Release of the guest's base, where it is known.
     pub base: Option<String>,
-    /// Where the host's services are in the guest.
-    pub host: Ipv4Addr,
+    /// What daemons' command lines may name.
+    pub variables: Variables,
 }
 
 impl Library {
@@ -111,7 +110,7 @@ impl Library {
         });
         mounted.map_err(OpenError::Mount)?;
         let text = read_limited(&folder.join("bundle.toml")).map_err(OpenError::Read)?;
-        let manifest = Manifest::parse(&text, &self.store.seen(name), self.store.configs(), self.host)?;
+        let manifest = Manifest::parse(&text, &self.store.seen(name), self.store.configs(), &self.variables)?;
         if manifest.name != name {
             return Err(OpenError::Name { offered: name.to_owned(), found: manifest.name });
         }

@@ -16,11 +16,10 @@
 //! end_path = "/info"                   SIGTERM when the answer to a GET of this …
 //! end_text = "\"LiveRestore…\":false"  … has this text in it
 //! ```
-//! `{bundle}` is the folder where the bundle is seen, `{config}` the daemon's own settings file, `{host}` the
-//! address at which the guest reaches the host's services.
+//! `{bundle}` is the folder where the bundle is seen, `{config}` the daemon's own settings file; of the VM's network
+//! there are `{host}`, the address of the host's services, `{bridge}` and `{pool}` for docker's networks.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -51,6 +50,9 @@ pub enum ManifestError {
         fault: &'static str,
     },
 }
+
+/// What stands in a command line for something of this VM, by name.
+pub type Variables = Vec<(&'static str, String)>;
 
 /// What a bundle is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,11 +152,16 @@ pub fn is_version(version: &str) -> bool {
 
 impl Manifest {
     /// Reads `text`; `bundle` is the folder where the bundle is seen, `configs` where the daemons'
-    /// settings files are put, `host` the address of the host's services.
+    /// settings files are put, `variables` what else `{NAME}` stands for.
     ///
     /// # Errors
     /// As [`ManifestError`] says.
-    pub fn parse(text: &str, bundle: &Path, configs: &Path, host: Ipv4Addr) -> Result<Self, ManifestError> {
+    pub fn parse(
+        text: &str,
+        bundle: &Path,
+        configs: &Path,
+        variables: &Variables,
+    ) -> Result<Self, ManifestError> {
         let raw: RawManifest = toml::from_str(text).map_err(ManifestError::Syntax)?;
         check("name", is_name(&raw.name), "is not one of a-z, 0-9 and -, at most 32 of them")?;
         check("version", is_version(&raw.version), "is not 1 to 64 visible ASCII characters")?;
@@ -167,7 +174,7 @@ impl Manifest {
         let daemons = raw
             .daemon
             .into_iter()
-            .map(|daemon| daemon.resolve(bundle, configs, host))
+            .map(|daemon| daemon.resolve(bundle, configs, variables))
             .collect::<Result<Vec<_>, _>>()?;
         let names: HashSet<_> = daemons.iter().map(|daemon| daemon.name.as_str()).collect();
         check("daemon", names.len() == daemons.len(), "is there twice under one name")?;
@@ -182,14 +189,19 @@ impl Manifest {
 }
 
 impl RawDaemon {
-    fn resolve(self, bundle: &Path, configs: &Path, host: Ipv4Addr) -> Result<DaemonSpec, ManifestError> {
+    fn resolve(
+        self,
+        bundle: &Path,
+        configs: &Path,
+        variables: &Variables,
+    ) -> Result<DaemonSpec, ManifestError> {
         check("a daemon's name", is_name(&self.name), "is not one of a-z, 0-9 and -, at most 32 of them")?;
         let key = |key: &str| format!("{key} of {}", self.name);
         let file = configs.join(format!("{}.conf", self.name));
         let fill = |text: &str| {
             let text = text.replace("{bundle}", &bundle.to_string_lossy());
             let text = text.replace("{config}", &file.to_string_lossy());
-            text.replace("{host}", &host.to_string())
+            variables.iter().fold(text, |text, (name, value)| text.replace(&format!("{{{name}}}"), value))
         };
         let count = self.argv.len();
         check(&key("argv"), (1..=LIST_LIMIT).contains(&count), "is empty or too long")?;
@@ -262,7 +274,12 @@ mod tests {
     const HEAD: &str = "name = \"docker\"\nversion = \"26.1\"\nbase = \"trixie\"\n";
 
     fn parse(text: &str) -> Result<Manifest, ManifestError> {
-        Manifest::parse(text, Path::new("/opt/dhow/docker"), Path::new("/run/x"), [192, 0, 2, 1].into())
+        Manifest::parse(
+            text,
+            Path::new("/opt/dhow/docker"),
+            Path::new("/run/x"),
+            &vec![("host", "192.0.2.1".to_owned())],
+        )
     }
 
     #[test]

@@ -39,6 +39,7 @@ use tokio::sync::{Mutex, broadcast};
 
 use engine::Engine;
 use install::Library;
+use manifest::Variables;
 use mount::LoopMount;
 use store::Store;
 
@@ -52,8 +53,8 @@ pub struct Setup {
     pub environment: Vec<(String, String)>,
     /// The agent's DNS forwarder: where containers ask.
     pub dns: Option<Ipv4Addr>,
-    /// Where the host's services are in the guest: `{host}` in a daemon's command line.
-    pub host: Option<Ipv4Addr>,
+    /// What daemons' command lines may name, as `{NAME}`.
+    pub variables: Variables,
     /// Where changes of the daemons' states are told.
     pub events: broadcast::Sender<Event>,
 }
@@ -68,9 +69,12 @@ pub struct Runtimes {
 impl Runtimes {
     /// Takes over what an earlier worker left.
     pub async fn start(setup: Setup) -> Arc<Self> {
-        let host = setup.host.unwrap_or(Ipv4Addr::LOCALHOST);
-        let library =
-            Library { store: Store::default(), mount: Box::new(LoopMount), base: base_release(), host };
+        let library = Library {
+            store: Store::default(),
+            mount: Box::new(LoopMount),
+            base: base_release(),
+            variables: setup.variables,
+        };
         let engine = Engine::new(library, Arc::new(setup.link), setup.environment, setup.events);
         if let Some(dns) = setup.dns {
             engine.check_names(dns);

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use dhow_parent::{ParentError, ParentLink, Restored};
-use dhow_protocol::boot::BootConfig;
+use dhow_protocol::boot::{BootConfig, NetworkConfig};
 use dhow_protocol::codec::{self, CodecError};
 use dhow_protocol::control::Event;
 use dhow_protocol::errors::chain;
@@ -115,7 +115,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         children,
         environment: boot.environment.clone(),
         dns: boot.network.map(|network| network.dns),
-        host: boot.network.map(|network| network.host),
+        variables: variables(boot.network.as_ref()),
         events: events.clone(),
     })
     .await;
@@ -163,6 +163,19 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         runtimes.exited(&exit);
     }
     Err(ServeError::Gone)
+}
+
+/// What a bundle may name of the VM's network. Without one docker has its own defaults' addresses.
+fn variables(network: Option<&NetworkConfig>) -> Vec<(&'static str, String)> {
+    let (host, bridge, pool) = network.map_or(
+        (Ipv4Addr::LOCALHOST, ([172, 17, 0, 1].into(), 16), ([172, 16, 0, 0].into(), 12, 16)),
+        |network| (network.host, network.bridge, network.pool),
+    );
+    vec![
+        ("host", host.to_string()),
+        ("bridge", format!("{}/{}", bridge.0, bridge.1)),
+        ("pool", format!("base={}/{},size={}", pool.0, pool.1, pool.2)),
+    ]
 }
 
 async fn start_dns(address: Ipv4Addr, host: Ipv4Addr, events: &broadcast::Sender<Event>) -> Option<Arc<Dns>> {

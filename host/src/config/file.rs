@@ -9,7 +9,7 @@ use super::ConfigError;
 use super::profile::Acceleration;
 
 /// All keys, in the order of the template.
-pub(super) const KEYS: [&str; 12] = [
+pub(super) const KEYS: [&str; 14] = [
     "cpus",
     "memory",
     "disk",
@@ -17,6 +17,8 @@ pub(super) const KEYS: [&str; 12] = [
     "image",
     "activate",
     "acceleration",
+    "subnet",
+    "docker-subnet",
     "host-ports",
     "forward-agent",
     "env",
@@ -50,6 +52,10 @@ pub(super) const TEMPLATE: &str = r##"# Settings of a Dhow profile. `dhow start`
 
 # "auto": KVM where it works, else emulation. "kvm": KVM or an error. "tcg": emulation.
 # acceleration = "auto"
+
+# Networks of the VM (24 bits) and of docker's bridges. Change them where a VPN of yours has the same.
+# subnet = "192.168.127.0/24"
+# docker-subnet = "10.200.0.0/16"
 
 # Ports of this host's loopback that containers reach at host.docker.internal, and the guest at
 # host.dhow.internal: numbers and "FIRST-LAST". None by default.
@@ -87,6 +93,8 @@ pub(super) struct RawProfile {
     pub image: Option<PathBuf>,
     pub activate: Option<bool>,
     pub acceleration: Option<Acceleration>,
+    pub subnet: Option<String>,
+    pub docker_subnet: Option<String>,
     /// Each a port or a range, as text.
     pub host_ports: Vec<String>,
     pub forward_agent: Option<bool>,
@@ -156,6 +164,8 @@ impl RawProfile {
                     let known = item.as_str().and_then(|text| Acceleration::from_str(text, false).ok());
                     raw.acceleration = Some(at.want(known, "\"auto\", \"kvm\" or \"tcg\"")?);
                 }
+                "subnet" => raw.subnet = Some(at.string(item, "\"ADDRESS/BITS\"")?),
+                "docker-subnet" => raw.docker_subnet = Some(at.string(item, "\"ADDRESS/BITS\"")?),
                 "host-ports" => raw.host_ports = at.ports(item)?,
                 "forward-agent" => {
                     raw.forward_agent = Some(at.want(item.as_bool(), "true or false")?);

@@ -14,6 +14,7 @@ mod passages;
 mod paths;
 mod profile;
 mod size;
+mod subnets;
 
 pub use error::ConfigError;
 pub use merge::{Overrides, save};
@@ -21,3 +22,4 @@ pub use mounts::MountSpec;
 pub use name::ProfileName;
 pub use paths::{Paths, list_profiles};
 pub use profile::{Acceleration, Profile};
+pub use subnets::Subnets;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::file::RawProfile;
-use super::{ConfigError, MountSpec, Paths, ProfileName, mounts, passages, size};
+use super::{ConfigError, MountSpec, Paths, ProfileName, Subnets, mounts, passages, size, subnets};
 use crate::forward::rules::Passages;
 
 /// Least memory that dockerd and the system come up in, in MiB.
@@ -61,6 +61,8 @@ pub struct Profile {
     pub environment: Vec<(String, String)>,
     /// Ports and sockets between host and guest.
     pub passages: Passages,
+    /// Networks of the VM and of docker.
+    pub subnets: Subnets,
     /// Lead a socket of the guest to the host's ssh-agent.
     pub forward_agent: bool,
 }
@@ -117,6 +119,7 @@ impl Profile {
             acceleration: raw.acceleration.unwrap_or_default(),
             environment: environment(raw.environment)?,
             passages: passages::resolve(&raw.forwards, &raw.sockets, &raw.host_ports, home)?,
+            subnets: subnets::resolve(raw.subnet.as_deref(), raw.docker_subnet.as_deref())?,
             forward_agent: raw.forward_agent.unwrap_or(false),
         })
     }

@@ -224,7 +224,9 @@ pub async fn keep_passt(vm: Arc<Vm>, mut passt: Option<SpawnedChild>, reconnects
             vm.state.problem(TOPIC, Some(problem.to_owned()));
             return;
         }
-        passt = match network::start_passt(&vm.processes()).await {
+        let (address, prefix) = vm.ledger.record().subnet;
+        let Ok(net) = ipnet::Ipv4Net::new(address, prefix) else { return };
+        passt = match network::start_passt(&vm.processes(), net).await {
             Ok(Some(child)) => {
                 vm.state.problem(TOPIC, None);
                 Some(child)

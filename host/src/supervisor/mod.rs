@@ -12,7 +12,7 @@
 //! `guest_setup.rs` from there to docker, `adopt.rs` from a dead supervisor's VM, `stop.rs` down,
 //! `ending.rs` why it ended. `record.rs` is what a successor must know, `ledger.rs` keeps it. `vm.rs` is
 //! a running VM, `healing.rs` brings back what dies in it, `paused.rs` a VM without disk. `processes.rs`
-//! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `guest.rs` the way to the
+//! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `routes.rs` whether it hides another, `guest.rs` the way to the
 //! agent, `control.rs` its requests; `shares.rs`, `bundles.rs` and `services.rs` are what is done through it.
 
 mod adopt;
@@ -28,6 +28,7 @@ mod network;
 mod paused;
 mod processes;
 mod record;
+mod routes;
 mod server;
 mod services;
 mod shares;

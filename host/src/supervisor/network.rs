@@ -4,21 +4,22 @@ use std::net::Ipv4Addr;
 
 use dhow_parent::SpawnedChild;
 use dhow_protocol::boot::NetworkConfig;
+use ipnet::Ipv4Net;
 
 use super::processes::{ProcessError, Processes};
 use super::record::NetworkKind;
+use crate::config::Subnets;
 use crate::qemu::command::{Network, Reconnect};
 
-/// The VM's own network. Each VM has its own card and its own passt, so VMs do not see each other.
-const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
-/// On the guest's `lo`, so that no packet leaves for it; not 127.*, which dockerd would not hand on.
-const DNS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 53);
-/// On `lo` as well: what `host.docker.internal` means.
-const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
+/// Hosts of the VM's own network. Each VM has its own card and its own passt, so VMs do not see each other.
+const GATEWAY: u32 = 1;
+const GUEST: u32 = 2;
 /// Only for QEMU's own name server, which nobody asks.
-const SLIRP_DNS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 3);
-const PREFIX: u8 = 24;
+const SLIRP_DNS: u32 = 3;
+/// On the guest's `lo`, so that no packet leaves for it; not 127.*, which dockerd would not hand on.
+const DNS: u32 = 53;
+/// On `lo` as well: what `host.docker.internal` means.
+const HOST: u32 = 254;
 /// Ethernet's: what passt and slirp take without further settings.
 const MTU: u16 = 1500;
 
@@ -65,10 +66,23 @@ impl Plan {
 ///
 /// # Errors
 /// When passt is there and does not come up.
-pub async fn bring_up(processes: &Processes<'_>, qemu: (u32, u32)) -> Result<Plan, ProcessError> {
-    let guest =
-        NetworkConfig { address: GUEST, prefix: PREFIX, gateway: GATEWAY, dns: DNS, host: HOST, mtu: MTU };
-    let passt = start_passt(processes).await?;
+pub async fn bring_up(
+    processes: &Processes<'_>,
+    qemu: (u32, u32),
+    subnets: &Subnets,
+) -> Result<Plan, ProcessError> {
+    let net = subnets.vm;
+    let guest = NetworkConfig {
+        address: at(net, GUEST),
+        prefix: net.prefix_len(),
+        gateway: at(net, GATEWAY),
+        dns: at(net, DNS),
+        host: at(net, HOST),
+        bridge: (subnets.bridge.addr(), subnets.bridge.prefix_len()),
+        pool: (subnets.pool.network(), subnets.pool.prefix_len(), subnets.pool_size),
+        mtu: MTU,
+    };
+    let passt = start_passt(processes, net).await?;
     if passt.is_some() {
         let reconnect = Reconnect::of_version(qemu);
         let card = Network::Passt { socket: processes.paths.passt_socket(), reconnect };
@@ -76,9 +90,9 @@ pub async fn bring_up(processes: &Processes<'_>, qemu: (u32, u32)) -> Result<Pla
         return Ok(Plan { card: Some(card), guest, kind, passt, notice: None });
     }
     let card = Network::Slirp {
-        network: "192.168.127.0/24".to_owned(),
-        gateway: GATEWAY.to_string(),
-        dns: SLIRP_DNS.to_string(),
+        network: net.to_string(),
+        gateway: at(net, GATEWAY).to_string(),
+        dns: at(net, SLIRP_DNS).to_string(),
     };
     let notice = "passt is not installed: the VM uses QEMU's own network, through which it reaches every \
                   service on this host's loopback; install passt to close that"
@@ -90,14 +104,23 @@ pub async fn bring_up(processes: &Processes<'_>, qemu: (u32, u32)) -> Result<Pla
 ///
 /// # Errors
 /// When it does not come up.
-pub async fn start_passt(processes: &Processes<'_>) -> Result<Option<SpawnedChild>, ProcessError> {
-    processes.passt(&passt_arguments()).await
+pub async fn start_passt(
+    processes: &Processes<'_>,
+    net: Ipv4Net,
+) -> Result<Option<SpawnedChild>, ProcessError> {
+    processes.passt(&passt_arguments(net)).await
+}
+
+/// A host of a network.
+fn at(net: Ipv4Net, host: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(net.network()) + host)
 }
 
 /// passt(1): no inbound ports, no map of the gateway to the host's loopback, our addresses.
-fn passt_arguments() -> Vec<String> {
-    let address = GUEST.to_string();
-    let gateway = GATEWAY.to_string();
+fn passt_arguments(net: Ipv4Net) -> Vec<String> {
+    let address = at(net, GUEST).to_string();
+    let gateway = at(net, GATEWAY).to_string();
+    let netmask = net.netmask().to_string();
     let mut arguments: Vec<String> = [
         "--foreground",
         "--quiet",
@@ -109,8 +132,6 @@ fn passt_arguments() -> Vec<String> {
         "none",
         "--udp-ports",
         "none",
-        "--netmask",
-        "255.255.255.0",
         "--no-dhcp",
         "--no-ndp",
         "--no-dhcpv6",
@@ -120,7 +141,9 @@ fn passt_arguments() -> Vec<String> {
     ]
     .map(str::to_owned)
     .to_vec();
-    arguments.extend(["--address".to_owned(), address, "--gateway".to_owned(), gateway]);
+    for (option, value) in [("--netmask", netmask), ("--address", address), ("--gateway", gateway)] {
+        arguments.extend([option.to_owned(), value]);
+    }
     // As root passt becomes nobody, who cannot reach the socket's folder; it is still confined by
     // its own seccomp and namespaces.
     if rustix::process::geteuid().is_root() {

@@ -6,6 +6,7 @@
 //! at the end of [`Versioned`]: an older supervisor then sees that the record is not for it.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use bincode::{Decode, Encode};
@@ -100,6 +101,8 @@ pub struct Record {
     pub shares: Vec<ShareRecord>,
     /// Ports and sockets between host and guest.
     pub passages: Passages,
+    /// The VM's own network, and its bits.
+    pub subnet: (Ipv4Addr, u8),
     /// The processes, at most one of a name.
     pub processes: Vec<ProcessRecord>,
 }
@@ -250,6 +253,7 @@ mod tests {
                 session: [7; 16],
             }],
             passages: Passages::default(),
+            subnet: ([10, 0, 0, 0].into(), 24),
             processes: vec![ProcessRecord { name: "qemu".to_owned(), pid: 4, started: 5 }],
         }
     }
@@ -291,7 +295,7 @@ mod tests {
         let record = Record { host_boot: "b".to_owned(), shares: Vec::new(), ..record() };
         let bytes = codec::to_bytes(&Versioned::V2(Box::new(record))).unwrap();
         let want =
-            b"\x01\x01b\x01\x03tcg\x02\xfb\x00\x08\x64\x09/images/1\x01\x00\x01\x00\x00\x00\x00\x01\x04qemu\x08\x05";
+            b"\x01\x01b\x01\x03tcg\x02\xfb\x00\x08\x64\x09/images/1\x01\x00\x01\x00\x00\x00\x00\x0a\x00\x00\x00\x18\x01\x04qemu\x08\x05";
         assert_eq!(bytes, want);
     }
 

@@ -20,6 +20,7 @@ use super::ledger::Ledger;
 use super::network;
 use super::processes::{ProcessError, Processes};
 use super::record::{NetworkKind, Phase, Record, ShareRecord, host_boot};
+use super::routes;
 use super::services;
 use super::state::{Facts, State};
 use super::vm::{Parts, Running, Vm};
@@ -166,7 +167,11 @@ pub async fn bring_up(
     show(&ledger.record(), state);
     let (qemu, helpers, secret) = {
         let processes = Processes { link: &link, paths: &paths, state, ledger: &ledger };
-        let plan = network::bring_up(&processes, acceleration::qemu_version().await?).await?;
+        let plan =
+            network::bring_up(&processes, acceleration::qemu_version().await?, &profile.subnets).await?;
+        for hidden in routes::conflicts(&profile.subnets) {
+            state.notice(hidden);
+        }
         if let Some(notice) = &plan.notice {
             state.notice(notice.clone());
         }
@@ -230,6 +235,7 @@ fn begin_record(
             network: NetworkKind::Slirp,
             shares: share_records(profile)?,
             passages,
+            subnet: (profile.subnets.vm.network(), profile.subnets.vm.prefix_len()),
             processes: Vec::new(),
         };
         Ledger::begin(paths, record)

@@ -242,7 +242,7 @@ async fn worker(
         store: store.clone(),
         mount: Box::new(Arc::clone(mount)),
         base: Some("trixie".to_owned()),
-        host: [192, 0, 2, 1].into(),
+        variables: Vec::new(),
     };
     let launch_here: Arc<dyn Launch> = Arc::<HereLaunch>::clone(launch);
     let engine = Engine::new(library, launch_here, Vec::new(), sender);

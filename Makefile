@@ -5,7 +5,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 timed = @setup/timed.sh
 CASES ?=
 
-.PHONY: run test check setup build image guest-tool test-units test-e2e soak bench-transport fuzz clean
+.PHONY: run test check setup build image guest-tool test-units test-e2e soak bench-transport bench-ports fuzz clean
 
 run: setup build image
 	$(timed) "dhow start, docker build, docker run" setup/hello.sh
@@ -47,6 +47,11 @@ fuzz: setup
 bench-transport: setup build image guest-tool
 	$(timed) "what the bench needs" setup/bench-tools.sh
 	$(timed) "transport bench" cargo bench --quiet --package dhow-tests --bench transport
+
+# How soon a port is there and free again, and connections a second: a table, in some ten minutes.
+bench-ports: setup build image guest-tool
+	$(timed) "what the bench needs" setup/bench-tools.sh
+	$(timed) "ports bench" cargo bench --quiet --package dhow-tests --bench ports
 
 # What needs no VM: form, lints on both targets, documentation, licences.
 check: setup

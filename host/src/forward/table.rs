@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
 use dhow_protocol::ports::{Listener, PortsEvent, Protocol};
@@ -23,8 +23,10 @@ use crate::api::ForwardReport;
 
 /// More of the guest's listeners are not even remembered.
 const MAX_LISTENERS: usize = 8192;
-/// Between two events at the least: a guest that floods is slowed down by its own stream.
+/// Between two events at the least: a guest that floods is slowed down by its own stream …
 const EVENT_GAP: Duration = Duration::from_millis(1);
+/// … and takes a fifth of this thread at the most: so many times as long as an event took nothing is read.
+const REST: u32 = 4;
 /// Between attempts at addresses that something else on the host holds.
 const RETRY: Duration = Duration::from_secs(3);
 
@@ -130,8 +132,9 @@ impl Forwards {
                 }
             };
             let Some(event) = event else { return Ok(()) };
+            let begun = Instant::now();
             self.apply(event, opener);
-            tokio::time::sleep(EVENT_GAP).await;
+            tokio::time::sleep(EVENT_GAP.max(begun.elapsed() * REST)).await;
         }
     }
 

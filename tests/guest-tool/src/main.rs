@@ -3,6 +3,9 @@
 mod ask;
 mod datagrams;
 mod knock;
+mod listeners;
+mod names;
+mod poll;
 mod records;
 mod rename;
 mod serve;
@@ -15,6 +18,9 @@ use dhow_guest_tool::ping;
 
 const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
        guest-tool datagrams ADDRESS:PORT echoes UDP
+       guest-tool names ADDRESS:PORT     a name server: every name is 10.9.8.7
+       guest-tool listeners ADDRESS:PORT listens at the word of a client
+       guest-tool poll MILLISECONDS      prints the listening ports that come (+) and go (-)
        guest-tool ask HOST:PORT|SOCKET TEXT
        guest-tool records write|check FILE
        guest-tool rename exchange|noreplace FROM TO
@@ -28,6 +34,9 @@ fn main() {
     let result = match arguments.as_slice() {
         ["serve", address] => serve::serve(address),
         ["datagrams", address] => datagrams::serve(address),
+        ["listeners", address] => listeners::serve(address),
+        ["poll", milliseconds] => poll::poll(milliseconds),
+        ["names", address] => names::serve(address),
         ["ask", target, text] => ask::ask(target, text),
         ["records", "write", file] => records::write(file.as_ref()),
         ["records", "check", file] => records::check(file.as_ref()),

@@ -11,7 +11,8 @@ use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
 cases![Shared: every_address_of_the_guest, two_listeners_on_one_port, a_range_of_ports, ports_are_watched,
     datagrams_of_several_clients, a_name_server_in_a_container, clients_of_the_guest_are_no_servers,
     without_the_userland_proxy, there_when_docker_run_returns, twenty_published_at_once,
-    published_again_and_again, connections_outlive_their_listener, a_restart_of_dockerd_refuses_nobody];
+    published_again_and_again, connections_outlive_their_listener, a_restart_of_dockerd_refuses_nobody,
+    a_guest_that_listens_everywhere];
 
 /// How long dockerd may take to come back on a loaded machine.
 const RETURN: Duration = Duration::from_secs(90);
@@ -19,7 +20,7 @@ const RETURN: Duration = Duration::from_secs(90);
 /// How often a case repeats what must never fail once: more often in a soak.
 fn rounds() -> u32 {
     let soak = std::env::var("DHOW_SOAK").ok();
-    soak.map_or(10, |count| count.parse::<u32>().expect("DHOW_SOAK is a number") * 10)
+    soak.map_or(5, |count| count.parse::<u32>().expect("DHOW_SOAK is a number") * 10)
 }
 
 /// A server of the guest tool in the guest, at an address with a port.
@@ -314,10 +315,9 @@ fn published_again_and_again(vm: &Vm) {
 fn connections_outlive_their_listener(vm: &Vm) {
     use std::io::{Read, Write};
     let port = free_port();
-    // The tool ends with all its connections, so a shell's server with one: it no longer listens while it serves.
-    let script = format!("exec busybox nc -l -s 127.0.0.1 -p {port} -e cat");
-    let server = vm.sh(&script).spawn();
-    let mut stream = connect(local(port));
+    let server = serve(vm, "serve-one", local(port));
+    // A connection that asks nothing would be the one.
+    let mut stream = ask(port, "echo");
     wait_until("the forward's end", SOON, || listed(vm, "tcp", port).is_empty());
     stream.write_all(b"still here").unwrap();
     let mut said = [0; 10];
@@ -350,4 +350,43 @@ fn a_restart_of_dockerd_refuses_nobody(vm: &Vm) {
     assert!(live.read(&mut [0]).is_ok_and(|length| length == 0) || live.read(&mut [0]).is_err());
     drop(container);
     wait_until("the forward's end", SOON, || !accepts(Ipv4Addr::LOCALHOST, port));
+}
+
+/// Ten thousand listeners, and two that flap as fast as the guest can: bounded, and nobody else is disturbed.
+fn a_guest_that_listens_everywhere(vm: &Vm) {
+    let port = free_port();
+    let server = serve(vm, "serve", local(port));
+    check_echo(local(port), 1, 1000);
+    let flood = vm.exec(&["nice", "-n", "19", TOOL, "everywhere", "10000", "10000"]).spawn();
+    flood.expect("listening on");
+    wait_for("as many forwards as are allowed", SOON, || {
+        let all = vm.json(&["ports", "--json"]);
+        let all = all.as_array().expect("a list");
+        let bound = all.iter().filter(|entry| !entry["host"].is_null()).count();
+        let told = all
+            .iter()
+            .filter(|entry| entry["reason"].as_str().is_some_and(|why| why.contains("most allowed")));
+        let (told, listed) = (told.count(), all.len());
+        if bound == 256 && told > 1000 {
+            Ok(())
+        } else {
+            Err(format!("{bound} bound, {told} told, of {listed}"))
+        }
+    });
+    for seed in 0..5 {
+        check_echo(local(port), seed, 100_000);
+        vm.exec(&["true"]).ok();
+    }
+    // Its own log does not grow by it.
+    let log = vm.data("log/keeper.log");
+    let size = || std::fs::metadata(&log).map_or(0, |log| log.len());
+    let before = size();
+    check_echo(local(port), 9, 1_000_000);
+    assert!(size() < before + 100_000, "the log grows from {before} to {}", size());
+    drop(flood);
+    wait_until("the forwards' end", SOON, || {
+        vm.json(&["ports", "--json"]).as_array().is_some_and(|all| all.len() < 20)
+    });
+    check_echo(local(port), 10, 1000);
+    drop(server);
 }

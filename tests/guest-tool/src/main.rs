@@ -2,6 +2,7 @@
 
 mod ask;
 mod datagrams;
+mod everywhere;
 mod knock;
 mod listeners;
 mod names;
@@ -17,9 +18,11 @@ use std::path::Path;
 use dhow_guest_tool::ping;
 
 const USAGE: &str = "usage: guest-tool serve ADDRESS:PORT|vsock:PORT
+       guest-tool serve-one ADDRESS:PORT one connection, and listens no longer meanwhile
        guest-tool datagrams ADDRESS:PORT echoes UDP
        guest-tool names ADDRESS:PORT     a name server: every name is 10.9.8.7
        guest-tool listeners ADDRESS:PORT listens at the word of a client
+       guest-tool everywhere FIRST COUNT listens on all of them, and flaps others without end
        guest-tool poll MILLISECONDS      prints the listening ports that come (+) and go (-)
        guest-tool ask HOST:PORT|SOCKET TEXT
        guest-tool records write|check FILE
@@ -35,9 +38,11 @@ fn main() {
         ["serve", address] => serve::serve(address),
         ["datagrams", address] => datagrams::serve(address),
         ["listeners", address] => listeners::serve(address),
+        ["everywhere", first, count] => everywhere::listen(first, count),
         ["poll", milliseconds] => poll::poll(milliseconds),
         ["names", address] => names::serve(address),
         ["ask", target, text] => ask::ask(target, text),
+        ["serve-one", address] => serve::serve_one(address),
         ["records", "write", file] => records::write(file.as_ref()),
         ["records", "check", file] => records::check(file.as_ref()),
         ["rename", "exchange", from, to] => rename::rename(from, to, libc::RENAME_EXCHANGE),

@@ -45,6 +45,15 @@ pub fn serve(address: &str) -> io::Result<()> {
     }
 }
 
+/// Serves one connection, and listens no longer meanwhile.
+pub fn serve_one(address: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    say("listening");
+    let (stream, _) = listener.accept()?;
+    drop(listener);
+    connection(stream)
+}
+
 fn serve_each(accept: impl Fn() -> io::Result<TcpStream>) -> io::Result<()> {
     say("listening");
     loop {

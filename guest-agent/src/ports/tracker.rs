@@ -29,9 +29,12 @@ impl Tracker {
     /// The event that brings the host from what it knows to `now`; none where nothing differs.
     pub(super) fn update(&mut self, now: impl IntoIterator<Item = Listener>) -> Option<PortsEvent> {
         let mut now: BTreeSet<Listener> = now.into_iter().collect();
-        // The order makes the choice stable: TCP before UDP, as `Listener` sorts.
-        if let Some(first_left_out) = now.iter().nth(MAX_LISTENERS).copied() {
-            now.split_off(&first_left_out);
+        if now.len() > MAX_LISTENERS {
+            // Who was there first stays: a flood does not take another program's port away.
+            let empty = BTreeSet::new();
+            let known = self.known.as_ref().unwrap_or(&empty);
+            let new = now.difference(known);
+            now = now.intersection(known).chain(new).take(MAX_LISTENERS).copied().collect();
         }
         let event = match &self.known {
             None => Some(PortsEvent::All(now.iter().copied().collect())),
@@ -133,6 +136,17 @@ mod tests {
         });
         let event = tracker.update(others).unwrap();
         assert!(dhow_protocol::codec::to_frame(&event, dhow_protocol::codec::CONTROL_LIMIT).is_ok());
+    }
+
+    #[test]
+    fn who_was_there_before_a_flood_stays() {
+        let mut tracker = Tracker::default();
+        let first = Listener { address: [127, 0, 0, 1].into(), ..listener(60_000) };
+        tracker.update([first]);
+        // All of them sort before it.
+        let flood: Vec<_> = (1..=10_000).map(listener).chain([first]).collect();
+        let Some(PortsEvent::Changed { added, removed }) = tracker.update(flood) else { panic!() };
+        assert_eq!((added.len(), removed.len()), (MAX_LISTENERS - 1, 0));
     }
 
     #[test]

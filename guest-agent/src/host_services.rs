@@ -10,6 +10,7 @@
 //! service cannot be reached sees a reset.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dhow_parent::unix::is_dead;
 use dhow_protocol::codec::{self, DATA_LIMIT};
 use dhow_protocol::errors::chain;
 use dhow_protocol::host_services::{Dial, Offer, Refusal, Service};
@@ -35,6 +37,8 @@ use crate::serve::stream::Stream;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Clients that wait at once; further ones stay in their listener's backlog.
 const MAX_WAITING: usize = 512;
+/// Until a place that somebody else has is tried again.
+const LISTEN_AGAIN: Duration = Duration::from_secs(3);
 /// Until accepting is tried again when descriptors have run out.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -49,6 +53,7 @@ pub struct HostServices {
     link: watch::Sender<Link>,
     waiting: Mutex<HashMap<u64, oneshot::Sender<Stream>>>,
     listening: Mutex<BTreeMap<Service, Listening>>,
+    /// Begins anywhere: a stream that an earlier worker has asked for is nobody's.
     next_id: AtomicU64,
     room: Arc<Semaphore>,
 }
@@ -99,7 +104,7 @@ impl HostServices {
             link: watch::Sender::new(None),
             waiting: Mutex::default(),
             listening: Mutex::default(),
-            next_id: AtomicU64::new(0),
+            next_id: AtomicU64::new(RandomState::new().build_hasher().finish()),
             room: Arc::new(Semaphore::new(MAX_WAITING)),
         })
     }
@@ -107,7 +112,7 @@ impl HostServices {
     /// Serves a stream until it ends: listens for what is offered, and no longer for anything else. A newer
     /// stream replaces an older one.
     pub async fn serve<S: AsyncRead + AsyncWrite>(self: &Arc<Self>, stream: S, offer: Offer) {
-        self.listen(&offer).await;
+        let mut missing = self.listen(&offer, true).await;
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (dials, mut outgoing) = mpsc::channel::<Dial>(64);
         self.link.send_replace(Some(dials.clone()));
@@ -123,7 +128,16 @@ impl HostServices {
             }
             Ok::<(), codec::CodecError>(())
         };
-        let ended = tokio::select! { ended = send => ended, ended = receive => ended };
+        // Somebody in the guest may have a port for now.
+        let again = async {
+            while missing {
+                tokio::time::sleep(LISTEN_AGAIN).await;
+                missing = self.listen(&offer, false).await;
+            }
+            std::future::pending().await
+        };
+        let ended =
+            tokio::select! { ended = send => ended, ended = receive => ended, ended = again => ended };
         if let Err(error) = ended {
             tracing::warn!(error = chain(&error), "the stream for the host's services ended");
         }
@@ -153,7 +167,9 @@ impl HostServices {
         self.lock_waiting().get(&id).is_some_and(|waiter| !waiter.is_closed())
     }
 
-    async fn listen(self: &Arc<Self>, offer: &Offer) {
+    /// Listens where it does not yet; whether something is missing, which is told when `loud`.
+    async fn listen(self: &Arc<Self>, offer: &Offer, loud: bool) -> bool {
+        let mut missing = false;
         let ports = offer.ports.iter().map(|port| (Service::Port(*port), None));
         let sockets = (0..).zip(&offer.sockets).map(|(at, path)| (Service::Socket(at), Some(path.clone())));
         let wanted: BTreeMap<Service, Option<String>> = ports.chain(sockets).collect();
@@ -172,10 +188,14 @@ impl HostServices {
                     self.lock_listening().insert(service, Listening { path, accepting });
                 }
                 Err(error) => {
-                    tracing::warn!(%error, ?service, path, "a service of the host has no place here")
+                    missing = true;
+                    if loud {
+                        tracing::warn!(%error, ?service, path, "a service of the host has no place here yet");
+                    }
                 }
             }
         }
+        missing
     }
 
     async fn listen_port(self: &Arc<Self>, service: Service) -> io::Result<JoinHandle<()>> {
@@ -190,8 +210,9 @@ impl HostServices {
         if let Some(folder) = Path::new(path).parent() {
             std::fs::create_dir_all(folder)?;
         }
-        // An earlier worker's; what is no socket is somebody's.
-        if std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket()) {
+        // An earlier worker's; what is no socket, or is listened at, is somebody's.
+        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket());
+        if is_socket && is_dead(Path::new(path)) {
             std::fs::remove_file(path)?;
         }
         let listener = UnixListener::bind(path)?;

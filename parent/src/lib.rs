@@ -15,7 +15,7 @@
 //!
 //! `message.rs` has what they say, `socket.rs` how a message and its fds travel, `parent.rs` the
 //! loop, `worker.rs` and `children.rs` whom it serves and watches, `spawn.rs` fork and exec, `link.rs`
-//! the worker's side, `procfs.rs` what /proc says of a process, `estate.rs` what passes to a worker that becomes the parent when its own has died.
+//! the worker's side, `procfs.rs` what /proc says of a process, `unix.rs` whether a socket's path leads anywhere, `estate.rs` what passes to a worker that becomes the parent when its own has died.
 
 mod children;
 mod estate;
@@ -25,6 +25,7 @@ mod parent;
 pub mod procfs;
 mod socket;
 mod spawn;
+pub mod unix;
 mod worker;
 
 pub use children::STATUS_UNKNOWN;

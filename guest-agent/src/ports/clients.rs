@@ -4,7 +4,7 @@
 //! (`ip_local_port_range`, ip(7)) is taken for a client's, unless docker's proxy has it: people publish such
 //! ports, too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
@@ -19,12 +19,13 @@ const RANGE: RangeInclusive<u16> = 32_768..=60_999;
 #[derive(Debug)]
 pub(super) struct Clients {
     range: RangeInclusive<u16>,
-    seen: HashMap<u32, Seen>,
+    /// `None` before the first look, at which all that are there are asked for.
+    seen: Option<HashMap<u32, Seen>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Seen {
-    /// In one dump. Most are gone before the next one: nobody is asked whose they are.
+    /// In one look. Most are gone before the next one: nobody is asked whose they are.
     Once,
     Client,
     Published,
@@ -33,33 +34,38 @@ enum Seen {
 impl Clients {
     pub(super) fn new() -> Self {
         let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-        Self { range: parse(&text).unwrap_or(RANGE), seen: HashMap::new() }
+        Self { range: parse(&text).unwrap_or(RANGE), seen: None }
     }
 
     /// Leaves only servers; `found` has each socket's inode.
     pub(super) fn remove_from(&mut self, found: &mut Vec<(Listener, u32)>) {
-        self.remove_with(found, |inode| is_held_by(inode, PROXY));
+        self.remove_with(found, || sockets_of(PROXY));
     }
 
-    fn remove_with(&mut self, found: &mut Vec<(Listener, u32)>, is_published: impl Fn(u32) -> bool) {
+    /// `published` is asked once at the most.
+    fn remove_with(&mut self, found: &mut Vec<(Listener, u32)>, published: impl Fn() -> HashSet<u32>) {
         let range = self.range.clone();
         let doubtful =
             |listener: &Listener| listener.protocol == Protocol::Udp && range.contains(&listener.port);
-        let mut now = HashMap::new();
+        let (mut now, mut proxies) = (HashMap::new(), None);
         found.retain(|(listener, inode)| {
             if !doubtful(listener) {
                 return true;
             }
-            let seen = match self.seen.get(inode) {
+            let known = match &self.seen {
+                None => Some(Seen::Once),
+                Some(seen) => seen.get(inode).copied(),
+            };
+            let seen = match known {
                 None => Seen::Once,
-                Some(Seen::Once) if is_published(*inode) => Seen::Published,
+                Some(Seen::Once) if proxies.get_or_insert_with(&published).contains(inode) => Seen::Published,
                 Some(Seen::Once) => Seen::Client,
-                Some(known) => *known,
+                Some(known) => known,
             };
             now.insert(*inode, seen);
             seen == Seen::Published
         });
-        self.seen = now;
+        self.seen = Some(now);
     }
 }
 
@@ -68,19 +74,20 @@ fn parse(text: &str) -> Option<RangeInclusive<u16>> {
     Some(words.next()?.ok()?..=words.next()?.ok()?)
 }
 
-/// Whether a process of this program has the socket.
-fn is_held_by(inode: u32, program: &str) -> bool {
-    let wanted = format!("socket:[{inode}]");
-    let holds = |process: &Path| {
+/// Inodes of the sockets that processes of this program have.
+fn sockets_of(program: &str) -> HashSet<u32> {
+    let is_one = |process: &Path| {
         let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
         name.trim_end() == program
-            && std::fs::read_dir(process.join("fd")).is_ok_and(|fds| {
-                fds.flatten().any(|fd| {
-                    std::fs::read_link(fd.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str())
-                })
-            })
     };
-    std::fs::read_dir("/proc").is_ok_and(|entries| entries.flatten().any(|entry| holds(&entry.path())))
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
+    let fds = processes
+        .filter(|process| is_one(process))
+        .filter_map(|process| std::fs::read_dir(process.join("fd")).ok());
+    let links = fds.flatten().flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    links
+        .filter_map(|link| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]
@@ -94,17 +101,22 @@ mod tests {
 
     #[test]
     fn the_range_for_clients_has_servers_of_docker_only() {
-        let mut clients = Clients { range: 40_000..=50_000, seen: HashMap::new() };
+        let mut clients = Clients { range: 40_000..=50_000, seen: Some(HashMap::new()) };
         let tcp = Listener { protocol: Protocol::Tcp, ..udp(45_000) };
         let all = [(udp(53), 1), (udp(45_000), 2), (udp(45_001), 3), (tcp, 4)];
         let mut look = |published: &[u32]| {
             let mut found = all.to_vec();
-            clients.remove_with(&mut found, |inode| published.contains(&inode));
+            clients.remove_with(&mut found, || published.iter().copied().collect());
             found.into_iter().map(|(_, inode)| inode).collect::<Vec<_>>()
         };
         assert_eq!(look(&[3]), [1, 4], "whose it is, is asked the second time");
         assert_eq!(look(&[3]), [1, 3, 4]);
         assert_eq!(look(&[]), [1, 3, 4], "and once");
+        // A new worker does not take a published port away for a look.
+        let mut clients = Clients { range: 40_000..=50_000, seen: None };
+        let mut found = all.to_vec();
+        clients.remove_with(&mut found, || [3].into());
+        assert_eq!(found.len(), 3);
     }
 
     #[test]
@@ -113,8 +125,8 @@ mod tests {
         let file = std::fs::File::from(std::os::fd::OwnedFd::from(socket));
         let inode = u32::try_from(file.metadata().unwrap().ino()).unwrap();
         let own = std::fs::read_to_string("/proc/self/comm").unwrap();
-        assert!(is_held_by(inode, own.trim_end()));
-        assert!(!is_held_by(inode, "docker-proxy"));
+        assert!(sockets_of(own.trim_end()).contains(&inode));
+        assert!(!sockets_of("docker-proxy").contains(&inode));
         assert_eq!(parse("32768\t60999\n"), Some(RANGE));
         assert_eq!(parse("1"), None);
     }

@@ -30,6 +30,8 @@ use tracker::{Pace, Tracker};
 
 /// Between looks without a trigger: for what triggers miss (UDP, lost events).
 const SLOW_POLL: Duration = Duration::from_secs(5);
+/// Between looks while something lingers: the daemon's return is not a trigger.
+const LINGER_POLL: Duration = Duration::from_millis(100);
 /// Between looks where there can be no triggers.
 const FAST_POLL: Duration = Duration::from_millis(250);
 
@@ -86,14 +88,15 @@ impl Ports {
         let mut tracker = Tracker::default();
         let mut pace = Pace::new(self.poll);
         let mut linger = Linger::default();
+        let mut lingering = false;
         loop {
             triggers.mark_unchanged();
             let began = Instant::now();
             match diag.dump() {
                 Ok(mut sockets) => {
-                    if linger.holds(tracker.misses(&sockets), &self.away) {
+                    lingering = linger.holds(tracker.misses(&sockets), &self.away);
+                    if lingering {
                         sockets.extend(tracker.known());
-                        pace.triggered();
                     }
                     if let Some(event) = tracker.update(sockets) {
                         codec::write_frame(&mut writer, &event, CONTROL_LIMIT).await?;
@@ -104,7 +107,8 @@ impl Ports {
             }
             let looked = Instant::now();
             let gap = Pace::gap(looked - began);
-            let next = looked + pace.after_look();
+            let rest = pace.after_look();
+            let next = looked + if lingering { LINGER_POLL } else { rest };
             tokio::select! {
                 () = tokio::time::sleep_until(next) => {}
                 changed = triggers.changed() => {

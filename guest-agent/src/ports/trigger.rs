@@ -4,7 +4,7 @@
 //! Its events carry no network namespace, so what they say is not looked at.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,9 +19,13 @@ const INSTANCE: &str = "dhow";
 /// A socket begins to listen (`TCP_LISTEN`, 10), or ceases to (`TCP_CLOSE`, 7). Each accepted
 /// connection goes from LISTEN to SYN_RECV, as a copy of its listener: not of interest.
 const FILTER: &str = "newstate==10 || (oldstate==10 && newstate==7)";
-/// What is traced, and of it what counts. UDP sockets are there when bind(2) has returned.
-const EVENTS: [(&str, &str); 2] =
-    [("sock/inet_sock_set_state", FILTER), ("syscalls/sys_exit_bind", "ret==0")];
+/// UDP sockets are there when bind(2) has returned: a probe of our own, since an event of `syscalls` would have
+/// every system call of every process take the slow way through the kernel.
+const PROBE: &str = "r:dhow/bind __sys_bind ret=$retval:s32\n";
+/// The probe's event, the kernel's own where there can be no probe, and of either what counts.
+const PROBED: &str = "dhow/bind";
+const TRACED: &str = "syscalls/sys_exit_bind";
+const BOUND: &str = "ret==0";
 
 /// Starts the thread that counts triggers up in `count`.
 ///
@@ -82,7 +86,8 @@ fn instance(tracefs: &Path, name: &str) -> io::Result<File> {
     // Toggling patches the kernel's text, so only what differs is written.
     set(instance.join("buffer_percent"), "0")?;
     set(instance.join("buffer_size_kb"), "64")?;
-    for (event, filter) in EVENTS {
+    let bind = if probe(tracefs, &instance) { PROBED } else { TRACED };
+    for (event, filter) in [("sock/inet_sock_set_state", FILTER), (bind, BOUND)] {
         let event = instance.join("events").join(event);
         if !fs::read_to_string(event.join("filter")).is_ok_and(|now| now.trim() == filter) {
             set(event.join("filter"), filter)?;
@@ -96,6 +101,21 @@ fn instance(tracefs: &Path, name: &str) -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK)
         .open(&pipe)
         .map_err(|error| named(&pipe, error))
+}
+
+/// Whether the kernel has the probe, now or since an earlier worker.
+fn probe(tracefs: &Path, instance: &Path) -> bool {
+    let event = instance.join("events").join(PROBED);
+    if !event.exists()
+        && let Err(error) = append(&tracefs.join("kprobe_events"), PROBE)
+    {
+        tracing::info!(%error, "no probe of bind(2): its system call is traced");
+    }
+    event.exists()
+}
+
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    OpenOptions::new().append(true).open(path)?.write_all(line.as_bytes())
 }
 
 fn set(path: PathBuf, value: &str) -> io::Result<()> {

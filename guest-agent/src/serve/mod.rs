@@ -168,7 +168,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
 /// What a bundle may name of the VM's network. Without one docker has its own defaults' addresses.
 fn variables(network: Option<&NetworkConfig>) -> Vec<(&'static str, String)> {
     let (host, bridge, pool) = network.map_or(
-        (Ipv4Addr::LOCALHOST, ([172, 17, 0, 1].into(), 16), ([172, 16, 0, 0].into(), 12, 16)),
+        (Ipv4Addr::LOCALHOST, ([172, 17, 0, 1].into(), 16), ([172, 24, 0, 0].into(), 13, 20)),
         |network| (network.host, network.bridge, network.pool),
     );
     vec![

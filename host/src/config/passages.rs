@@ -23,6 +23,14 @@ pub(super) fn resolve(
     host_ports: &[String],
     home: Option<&Path>,
 ) -> Result<Passages, ConfigError> {
+    let mut guests: Vec<_> =
+        sockets.iter().filter_map(|raw| raw.guest.as_ref().zip(raw.listen.as_ref())).collect();
+    let count = guests.len();
+    guests.sort();
+    guests.dedup();
+    if guests.len() < count {
+        return Err(bad("socket", "two sockets have one path in the guest", "give each its own"));
+    }
     Ok(Passages {
         rules: forwards.iter().map(rule).collect::<Result<_, _>>()?,
         sockets: sockets.iter().map(|raw| socket(raw, home)).collect::<Result<_, _>>()?,

@@ -8,11 +8,11 @@ use super::ConfigError;
 
 /// The VM's own network where the profile names none.
 const VM: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24);
-/// docker's, likewise: its own defaults, but for those of 192.168.
+/// docker's, likewise: its own default, and of its others the upper half of 172.16.0.0/12 in smaller pieces.
 const DOCKER_BRIDGE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 17, 0, 1), 16);
-const DOCKER_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12);
+const DOCKER_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 24, 0, 0), 13);
 /// Bits of each network that docker cuts from its pool by default, and from a profile's.
-const DOCKER_SIZE: u8 = 16;
+const DOCKER_SIZE: u8 = 20;
 const CUSTOM_SIZE: u8 = 24;
 /// Of the VM's network: it has room for addresses at its end.
 const VM_PREFIX: u8 = 24;
@@ -71,9 +71,16 @@ pub(super) fn resolve(vm: Option<&str>, docker: Option<&str>) -> Result<Subnets,
 }
 
 fn parse(setting: &'static str, text: &str) -> Result<Ipv4Net, ConfigError> {
-    let net = text.parse::<Ipv4Net>().ok().filter(|net| net.addr() == net.network());
+    let usable = |net: &Ipv4Net| {
+        let address = net.addr();
+        !(address.is_loopback()
+            || address.is_multicast()
+            || address.is_unspecified()
+            || address.octets()[0] >= 240)
+    };
+    let net = text.parse::<Ipv4Net>().ok().filter(|net| net.addr() == net.network() && usable(net));
     let hint = "write ADDRESS/BITS, the address being the network's first";
-    net.ok_or_else(|| bad(setting, format!("{text:?} is no IPv4 network"), hint))
+    net.ok_or_else(|| bad(setting, format!("{text:?} is no IPv4 network that can be used"), hint))
 }
 
 fn bad(setting: &'static str, problem: String, hint: &str) -> ConfigError {
@@ -103,6 +110,10 @@ mod tests {
             (None, Some("10.0.0.0/24")),
             (None, Some("10.0.0.0/7")),
             (Some("172.17.5.0/24"), None),
+            (Some("172.24.5.0/24"), None),
+            (Some("127.0.0.0/24"), None),
+            (Some("224.0.0.0/24"), None),
+            (Some("0.0.0.0/24"), None),
             (None, Some("192.168.0.0/16")),
         ] {
             assert!(resolve(vm, docker).unwrap_err().hint().is_some(), "{vm:?} {docker:?}");

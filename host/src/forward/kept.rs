@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use dhow_protocol::ports::Protocol;
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::sync::mpsc;
 
@@ -90,7 +90,7 @@ impl Kept {
         let socket = match self.inherited.remove(&end) {
             Some(socket) => std::net::UdpSocket::from(socket),
             None => {
-                let socket = std::net::UdpSocket::bind(address)?;
+                let socket = new_udp(address)?;
                 self.hold(end, socket.as_fd().try_clone_to_owned()?);
                 socket
             }
@@ -119,6 +119,17 @@ impl Kept {
             let _ = changes.send(Change::Hold(name(end), socket));
         }
     }
+}
+
+/// A bound UDP socket; at `::` for IPv6 alone, since IPv4 is a host address of its own.
+fn new_udp(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    Ok(socket.into())
 }
 
 fn name(HostEnd { protocol, address }: HostEnd) -> String {

@@ -38,6 +38,17 @@ pub struct HostEnd {
     pub address: SocketAddr,
 }
 
+impl HostEnd {
+    /// Whether both cannot be bound: a wildcard has every address of its family.
+    fn collides(&self, other: &Self) -> bool {
+        let (one, two) = (self.address.ip(), other.address.ip());
+        let of_one_family = one.is_ipv4() == two.is_ipv4();
+        self.protocol == other.protocol
+            && self.address.port() == other.address.port()
+            && (one == two || of_one_family && (one.is_unspecified() || two.is_unspecified()))
+    }
+}
+
 /// What becomes of a listening socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
@@ -83,13 +94,15 @@ impl Policy {
                 low.address.port()
             ));
         }
-        let free: Vec<_> = wanted.iter().copied().filter(|end| !taken.contains_key(end)).collect();
+        let is_free = |end: &HostEnd| !taken.keys().any(|other| other.collides(end));
+        let free: Vec<_> = wanted.iter().copied().filter(is_free).collect();
         if free.is_empty() && wanted.iter().any(|end| taken.get(end) == Some(listener)) {
             return Decision::Bind(free);
         }
         if free.is_empty() {
             let (port, holder) = wanted.first().map_or((listener.port, None), |end| {
-                (end.address.port(), taken.get(end).map(|holder| endpoint(holder).to_string()))
+                let mut holders = taken.iter().filter(|(other, _)| other.collides(end));
+                (end.address.port(), holders.next().map(|(_, holder)| endpoint(holder).to_string()))
             });
             let holder = holder.unwrap_or_else(|| "something".to_owned());
             return Decision::Refuse(format!("port {port} leads to {holder} of the guest already"));

@@ -104,6 +104,16 @@ fn the_first_rule_that_fits_decides() {
 }
 
 #[test]
+fn a_wildcard_of_the_host_leaves_the_loopback_to_nobody_else() {
+    let policy = ruled(vec![rule("0.0.0.0:8080", to(Some("0.0.0.0"), 8080))]);
+    let (v4, v6) = (listener("0.0.0.0:8080"), listener("[::]:8080"));
+    let taken = BTreeMap::from([(end("0.0.0.0:8080"), v4)]);
+    assert!(matches!(policy.decide(&v6, &taken), Decision::Refuse(why) if why.contains("leads to")));
+    assert!(matches!(policy.decide(&listener("127.0.0.1:8080"), &taken), Decision::Refuse(_)));
+    assert_eq!(policy.decide(&listener("[::1]:8080"), &taken), bound(&["[::1]:8080"]));
+}
+
+#[test]
 fn endpoints_are_reachable_in_the_guest() {
     for (guest, target) in [
         ("0.0.0.0:1", "127.0.0.1:1"),

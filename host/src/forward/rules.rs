@@ -88,7 +88,7 @@ impl Rule {
     #[must_use]
     pub fn fits(&self, listener: &Listener) -> bool {
         self.protocol.is_none_or(|protocol| protocol == listener.protocol)
-            && self.address.is_none_or(|address| address.to_canonical() == listener.address.to_canonical())
+            && self.address.is_none_or(|address| means(address, listener.address))
             && self.ports.contains(listener.port)
     }
 
@@ -103,6 +103,12 @@ impl Rule {
             port,
         })
     }
+}
+
+/// Whether a rule's address is that of a listener. A wildcard is either: docker's proxy listens on both.
+fn means(rule: IpAddr, listener: IpAddr) -> bool {
+    let (rule, listener) = (rule.to_canonical(), listener.to_canonical());
+    rule == listener || rule.is_unspecified() && listener.is_unspecified()
 }
 
 /// Which side a rule's socket is listened at.
@@ -194,6 +200,9 @@ mod tests {
         assert!(rule("80").fits(&listener("0.0.0.0:80")));
         assert!(rule("127.0.0.1:*").fits(&listener("[::ffff:127.0.0.1]:9")));
         assert!(!rule("127.0.0.1:80").fits(&listener("0.0.0.0:80")));
+        assert!(
+            rule("0.0.0.0:80").fits(&listener("[::]:80")) && !rule("0.0.0.0:80").fits(&listener("[::1]:80"))
+        );
         assert!(!rule("80-90").fits(&listener("0.0.0.0:91")));
         let udp = Rule { protocol: Some(Protocol::Udp), ..rule("80") };
         assert!(!udp.fits(&listener("0.0.0.0:80")));

@@ -22,6 +22,8 @@ use super::rules::{Passages, Side};
 
 /// Services that are being dialled at once; the stream's own flow control holds back the rest.
 const MAX_DIALLING: usize = 128;
+/// How long a refused dial keeps its place among those.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(100);
 /// How long a service of the host may take to accept.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -108,6 +110,8 @@ where
                 if let Err(error) = opened {
                     tracing::debug!(error, ?service, "a service of the host was not reached");
                     let _ = refusals.send(Refusal { id }).await;
+                    // A guest that asks in vain again and again does so slowly.
+                    tokio::time::sleep(REFUSAL_PAUSE).await;
                 }
                 drop(permit);
             });

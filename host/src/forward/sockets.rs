@@ -27,10 +27,7 @@ pub fn listen(path: &Path) -> io::Result<(UnixListener, Name)> {
         std::fs::create_dir_all(folder)?;
     }
     let dead = match std::fs::symlink_metadata(path) {
-        Ok(there) if there.file_type().is_socket() => {
-            let tried = std::os::unix::net::UnixStream::connect(path);
-            tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-        }
+        Ok(there) if there.file_type().is_socket() => dhow_parent::unix::is_dead(path),
         _ => false,
     };
     if dead {

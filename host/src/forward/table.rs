@@ -27,7 +27,9 @@ const MAX_LISTENERS: usize = 8192;
 const EVENT_GAP: Duration = Duration::from_millis(1);
 /// … and takes a fifth of this thread at the most: so many times as long as an event took nothing is read.
 const REST: u32 = 4;
-/// Between attempts at addresses that something else on the host holds.
+/// Until the first further attempt at addresses that are taken: mostly by a forward that has just ended …
+const FIRST_RETRY: Duration = Duration::from_millis(15);
+/// … and between later ones: something else on the host has it.
 const RETRY: Duration = Duration::from_secs(3);
 
 /// The port forwards of a VM.
@@ -48,8 +50,10 @@ struct Table {
     refused: BTreeMap<Listener, String>,
     /// Sockets that outlive this process.
     kept: Kept,
-    /// Whether something on the host stood in the way, which may go unnoticed.
-    retry: bool,
+    /// Attempts since something on the host stood in the way, whose going is not told; 0 where nothing does.
+    retries: u32,
+    /// For the clients of all UDP forwards.
+    udp: udp::Budget,
 }
 
 /// A bound host address; the socket is closed when this is dropped. Its connections live on.
@@ -75,7 +79,8 @@ impl Forwards {
             bound: BTreeMap::new(),
             refused: BTreeMap::new(),
             kept,
-            retry: false,
+            retries: 0,
+            udp: udp::Budget::default(),
         };
         Arc::new(Self { table: Mutex::new(table), reports: watch::Sender::new(Vec::new()) })
     }
@@ -107,7 +112,7 @@ impl Forwards {
         }
         table.listeners.clear();
         table.refused.clear();
-        table.retry = false;
+        table.retries = 0;
         drop(table);
         self.reports.send_replace(Vec::new());
     }
@@ -125,10 +130,11 @@ impl Forwards {
             let frame = codec::read_frame::<PortsEvent, _>(stream, CONTROL_LIMIT);
             tokio::pin!(frame);
             let event = loop {
-                let retry = self.table().retry;
+                let retries = self.table().retries;
+                let pause = FIRST_RETRY.saturating_mul(1 << (2 * retries).min(16)).min(RETRY);
                 tokio::select! {
                     event = &mut frame => break event?,
-                    () = tokio::time::sleep(RETRY), if retry => self.settle(opener),
+                    () = tokio::time::sleep(pause), if retries > 0 => self.settle(opener),
                 }
             };
             let Some(event) = event else { return Ok(()) };
@@ -171,19 +177,21 @@ impl Forwards {
     /// Brings the host's sockets in line with the listeners, and tells.
     fn settle<O: Opener>(&self, opener: &O) {
         let mut table = self.table();
-        let Table { policy, listeners, bound, refused, kept, retry } = &mut *table;
+        let Table { policy, listeners, bound, refused, kept, retries, udp } = &mut *table;
         let statics: BTreeSet<Listener> = policy.statics().collect();
+        let mut released = false;
         bound.retain(|end, bound| {
             let wanted = listeners.contains(&bound.guest) || statics.contains(&bound.guest);
             if !wanted {
                 kept.release(*end);
+                released = true;
             }
             wanted
         });
         // Static ones first: what the guest does cannot take their place.
         let wanted: Vec<Listener> = statics.iter().chain(listeners.difference(&statics)).copied().collect();
         refused.clear();
-        *retry = false;
+        let mut taken_by_others = false;
         let mut taken: BTreeMap<HostEnd, Listener> =
             bound.iter().map(|(end, bound)| (*end, bound.guest)).collect();
         for guest in wanted {
@@ -195,7 +203,7 @@ impl Forwards {
                 Decision::Bind(ends) => ends,
             };
             for end in ends {
-                match serve(kept, end, guest, opener) {
+                match serve(kept, end, guest, opener, udp) {
                     Ok(serving) => {
                         bound.insert(end, Bound { guest, serving });
                         taken.insert(end, guest);
@@ -205,12 +213,21 @@ impl Forwards {
                         if error.kind() == io::ErrorKind::AddrNotAvailable
                             && taken.values().any(|other| *other == guest) => {}
                     Err(error) => {
-                        *retry |= error.kind() == io::ErrorKind::AddrInUse;
+                        // An address of the host may come later, too.
+                        taken_by_others |= matches!(
+                            error.kind(),
+                            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                        );
                         refused.insert(guest, sentence(end.address, &error));
                     }
                 }
             }
         }
+        *retries = match (taken_by_others, released) {
+            (false, _) => 0,
+            (true, true) => 1,
+            (true, false) => retries.saturating_add(1),
+        };
         let reports = reports(bound, refused);
         drop(table);
         self.reports.send_if_modified(|known| {
@@ -231,10 +248,14 @@ fn serve<O: Opener>(
     end: HostEnd,
     guest: Listener,
     opener: &O,
+    budget: &udp::Budget,
 ) -> io::Result<JoinHandle<()>> {
     Ok(match end.protocol {
         Protocol::Tcp => tokio::spawn(tcp::accept(kept.bind_tcp(end.address)?, guest, opener.clone())),
-        Protocol::Udp => tokio::spawn(udp::serve(kept.bind_udp(end.address)?, guest, opener.clone())),
+        Protocol::Udp => {
+            let socket = kept.bind_udp(end.address)?;
+            tokio::spawn(udp::serve(socket, guest, opener.clone(), budget.clone()))
+        }
     })
 }
 

@@ -103,7 +103,7 @@ async fn a_port_in_use_is_reported_and_taken_when_it_is_free() {
     let report = &forwards.reports()[0];
     assert_eq!(report.host, None);
     assert!(report.reason.as_ref().unwrap().contains("in use on the host"));
-    assert!(forwards.table().retry);
+    assert_eq!(forwards.table().retries, 1);
     drop(other);
     forwards.settle(&opener);
     assert_eq!(forwards.reports()[0].host, Some(([127, 0, 0, 1], port).into()));

@@ -4,23 +4,22 @@
 //! client ──datagram──► socket ──► session of the client's address ──► Udp stream ──► the guest's socket
 //!        ◄────────────────────────────────────────────────────────────
 //! ```
-//! A session ends when nothing has gone either way for [`IDLE`]. What cannot be passed on at once is
-//! dropped, as UDP may: a client that floods fills its own session's queue only.
+//! A session ends when nothing has gone either way for [`IDLE`], or when others need its place. What cannot
+//! be passed on at once is dropped, as UDP may: a client that floods fills its own session's queue only.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use dhow_protocol::datagram;
 use dhow_protocol::ports::Listener;
 use dhow_protocol::stream::StreamHeader;
 use tokio::net::{UdpSocket, UnixStream};
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::Opener;
@@ -28,19 +27,79 @@ use super::policy::endpoint;
 
 /// A session without a datagram for that long is over.
 const IDLE: Duration = Duration::from_secs(30);
-/// Clients of a forward at once; a further one's datagrams are dropped.
-const MAX_SESSIONS: usize = 1024;
-/// Datagrams of a client that wait for the stream.
+/// Clients of all forwards at once: each has a stream, of which the VM has a thousand for everything.
+const MAX_SESSIONS: usize = 256;
+/// Datagrams of a client that wait for the stream, and their bytes.
 const QUEUE: usize = 64;
+const QUEUE_BYTES: usize = 256 << 10;
 
-/// Serves `socket` for ever: drop or abort the future to end it and its sessions.
-pub(super) async fn serve<O: Opener>(socket: UdpSocket, guest: Listener, opener: O) {
-    serve_with(socket, guest, opener, IDLE).await;
+/// What all UDP forwards of a VM share.
+#[derive(Debug, Clone)]
+pub(super) struct Budget(Arc<Semaphore>);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_SESSIONS)))
+    }
 }
 
-async fn serve_with<O: Opener>(socket: UdpSocket, guest: Listener, opener: O, patience: Duration) {
+/// A session as its forward sees it.
+struct Client {
+    queue: mpsc::Sender<Vec<u8>>,
+    state: Arc<Activity>,
+    task: AbortHandle,
+}
+
+/// What a session and its forward both know.
+struct Activity {
+    begin: Instant,
+    /// Milliseconds from `begin` to the last datagram.
+    last: AtomicU64,
+    /// Bytes in the queue.
+    queued: AtomicUsize,
+}
+
+impl Activity {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { begin: Instant::now(), last: AtomicU64::new(0), queued: AtomicUsize::new(0) })
+    }
+
+    fn note(&self) {
+        let since = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(since, Ordering::Relaxed);
+    }
+
+    fn last(&self) -> Instant {
+        self.begin + Duration::from_millis(self.last.load(Ordering::Relaxed))
+    }
+}
+
+impl Client {
+    /// Passes a datagram on; where there is no room it is lost, as a datagram may be.
+    fn pass(&self, datagram: &[u8]) {
+        let queued = &self.state.queued;
+        if queued.fetch_add(datagram.len(), Ordering::Relaxed) + datagram.len() > QUEUE_BYTES
+            || self.queue.try_send(datagram.to_vec()).is_err()
+        {
+            queued.fetch_sub(datagram.len(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Serves `socket` for ever: drop or abort the future to end it and its sessions.
+pub(super) async fn serve<O: Opener>(socket: UdpSocket, guest: Listener, opener: O, budget: Budget) {
+    serve_with(socket, guest, opener, budget, IDLE).await;
+}
+
+async fn serve_with<O: Opener>(
+    socket: UdpSocket,
+    guest: Listener,
+    opener: O,
+    Budget(budget): Budget,
+    patience: Duration,
+) {
     let socket = Arc::new(socket);
-    let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
+    let mut clients: HashMap<SocketAddr, Client> = HashMap::new();
     let mut sessions = JoinSet::new();
     let mut buffer = vec![0; datagram::MAX_DATAGRAM];
     let mut full = false;
@@ -51,41 +110,41 @@ async fn serve_with<O: Opener>(socket: UdpSocket, guest: Listener, opener: O, pa
                 // It tells of an earlier answer that could not be delivered, and is told once.
                 Err(_) => continue,
             },
-            Some(ended) = sessions.join_next() => {
-                if let Ok(client) = ended
-                    && clients.get(&client).is_some_and(mpsc::Sender::is_closed)
-                {
-                    clients.remove(&client);
-                }
+            Some(_) = sessions.join_next() => {
+                clients.retain(|_, client| !client.queue.is_closed());
                 continue;
             }
         };
-        let room = clients.len() < MAX_SESSIONS;
-        let queue = match clients.entry(client) {
-            Entry::Occupied(known) if !known.get().is_closed() => known.into_mut(),
-            Entry::Vacant(_) if !room => {
-                if !std::mem::replace(&mut full, true) {
-                    tracing::warn!(
-                        port = guest.port,
-                        "more than {MAX_SESSIONS} clients over UDP: the rest is dropped"
-                    );
-                }
-                continue;
+        if let Some(known) = clients.get(&client).filter(|known| !known.queue.is_closed()) {
+            known.pass(&buffer[..length]);
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&budget).try_acquire_owned() else {
+            // The one that was silent for longest makes room for this client's next attempt.
+            if let Some(idlest) = clients.values().min_by_key(|client| client.state.last()) {
+                idlest.task.abort();
             }
-            entry => {
-                let (queue, datagrams) = mpsc::channel(QUEUE);
-                let (socket, opener) = (Arc::clone(&socket), opener.clone());
-                sessions.spawn(async move {
-                    if let Err(error) = session(&socket, client, guest, &opener, datagrams, patience).await {
-                        tracing::debug!(error, port = guest.port, "a session over UDP failed");
-                    }
-                    client
-                });
-                entry.insert_entry(queue).into_mut()
+            if !std::mem::replace(&mut full, true) {
+                tracing::warn!(
+                    port = guest.port,
+                    "{MAX_SESSIONS} clients over UDP at once: the most silent ones go"
+                );
             }
+            continue;
         };
-        // Full, or over just now: it is lost, as a datagram may be.
-        let _ = queue.try_send(buffer[..length].to_vec());
+        let (queue, datagrams) = mpsc::channel(QUEUE);
+        let state = Activity::new();
+        let (socket, opener, activity) = (Arc::clone(&socket), opener.clone(), Arc::clone(&state));
+        let task = sessions.spawn(async move {
+            let _permit = permit;
+            if let Err(error) = session(&socket, client, guest, &opener, datagrams, &activity, patience).await
+            {
+                tracing::debug!(error, port = guest.port, "a session over UDP failed");
+            }
+        });
+        let new = Client { queue, state, task };
+        new.pass(&buffer[..length]);
+        clients.insert(client, new);
     }
 }
 
@@ -96,6 +155,7 @@ async fn session<O: Opener>(
     guest: Listener,
     opener: &O,
     mut datagrams: mpsc::Receiver<Vec<u8>>,
+    activity: &Activity,
     patience: Duration,
 ) -> Result<(), String> {
     let told = |error: io::Error| error.to_string();
@@ -105,14 +165,10 @@ async fn session<O: Opener>(
     let target = endpoint(&guest);
     opener.open(StreamHeader::Udp { address: target.ip(), port: target.port() }, theirs.into()).await?;
     let (mut reader, mut writer) = ours.split();
-    let begin = Instant::now();
-    // Milliseconds from the begin to the last datagram.
-    let last = AtomicU64::new(0);
-    let note =
-        || last.store(u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     let there = async {
         while let Some(bytes) = datagrams.recv().await {
-            note();
+            activity.queued.fetch_sub(bytes.len(), Ordering::Relaxed);
+            activity.note();
             datagram::write(&mut writer, &bytes).await?;
         }
         Ok(())
@@ -120,7 +176,7 @@ async fn session<O: Opener>(
     let back = async {
         let mut bytes = Vec::new();
         while datagram::read(&mut reader, &mut bytes).await? {
-            note();
+            activity.note();
             // A client that is gone, or an answer that is too large for it.
             let _ = socket.send_to(&bytes, client).await;
         }
@@ -128,7 +184,7 @@ async fn session<O: Opener>(
     };
     let idle = async {
         loop {
-            let over = begin + Duration::from_millis(last.load(Ordering::Relaxed)) + patience;
+            let over = activity.last() + patience;
             if Instant::now() >= over {
                 return Ok(());
             }
@@ -180,7 +236,7 @@ mod tests {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
-        let serving = tokio::spawn(serve(socket, guest, Echo(asked)));
+        let serving = tokio::spawn(serve(socket, guest, Echo(asked), Budget::default()));
         for number in 0..3u8 {
             let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
             client.connect(address).await.unwrap();
@@ -203,7 +259,7 @@ mod tests {
         client.connect(socket.local_addr().unwrap()).await.unwrap();
         let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
         let patience = Duration::from_millis(5);
-        let serving = tokio::spawn(serve_with(socket, guest, Echo(asked), patience));
+        let serving = tokio::spawn(serve_with(socket, guest, Echo(asked), Budget::default(), patience));
         let again = async {
             for _ in 0..3 {
                 // Within the old session it begins none; some time later it does.
@@ -214,6 +270,35 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(20), again).await.expect("new sessions");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn the_most_silent_client_makes_room() {
+        let (asked, mut headers) = mpsc::unbounded_channel();
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
+        let budget = Budget(Arc::new(Semaphore::new(2)));
+        let serving = tokio::spawn(serve_with(socket, guest, Echo(asked), budget, IDLE));
+        for number in 0..5u8 {
+            let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            client.connect(address).await.unwrap();
+            let mut said = [0; 9];
+            // The first attempt may only make the room.
+            let served = async {
+                loop {
+                    client.send(&[number]).await.unwrap();
+                    let wait = tokio::time::timeout(Duration::from_millis(20), client.recv(&mut said));
+                    if let Ok(Ok(length)) = wait.await {
+                        assert_eq!(&said[..length], [number]);
+                        return;
+                    }
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), served).await.expect("a place");
+            headers.recv().await.unwrap();
+        }
         serving.abort();
     }
 }

@@ -91,8 +91,21 @@ pub enum SupervisorError {
 /// When it cannot begin.
 pub fn main(name: &ProfileName, adopt_only: bool) -> Result<(), SupervisorError> {
     let inherited = dhow_parent::inherited_fds()?;
+    raise_descriptors();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(name, adopt_only, inherited))
+}
+
+/// Each client that waits, and each session over UDP, is a descriptor: the soft limit of most systems is low.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const WANTED: u64 = 1 << 14;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let most = maximum.unwrap_or(WANTED).min(WANTED);
+    if current.is_some_and(|current| current < most) {
+        // It works with fewer, until they are used up.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum });
+    }
 }
 
 /// A held fd as tokio's listener.

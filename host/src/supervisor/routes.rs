@@ -6,6 +6,9 @@ use ipnet::Ipv4Net;
 
 use crate::config::Subnets;
 
+/// Shorter prefixes are default routes, or halves of one, as VPNs set them.
+const SHORTEST: u8 = 8;
+
 /// A route of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Route {
@@ -23,6 +26,7 @@ fn conflicts_in(table: &str, subnets: &Subnets) -> Vec<String> {
     let networks = [
         ("the VM's network", "subnet", subnets.vm),
         ("docker's bridge", "docker-subnet", subnets.bridge.trunc()),
+        ("what docker's networks are cut from,", "docker-subnet", subnets.pool),
     ];
     let mut told = Vec::new();
     for Route { interface, network } in parse(table) {
@@ -47,7 +51,7 @@ fn parse(table: &str) -> Vec<Route> {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let (destination, mask) = (address(fields.get(1)?)?, address(fields.get(7)?)?);
         let network = Ipv4Net::with_netmask(destination, mask).ok()?;
-        (network.prefix_len() > 0).then(|| Route { interface: (*fields[0]).to_owned(), network })
+        (network.prefix_len() >= SHORTEST).then(|| Route { interface: (*fields[0]).to_owned(), network })
     };
     table.lines().skip(1).filter_map(route).collect()
 }
@@ -60,6 +64,7 @@ mod tests {
         eth0 00000000 010200C0 0003 0 0 0 00000000 0 0 0\n\
         eth0 000200C0 00000000 0001 0 0 0 00FFFFFF 0 0 0\n\
         tun0 0000A8C0 00000000 0001 0 0 0 0000FFFF 0 0 0\n\
+        tun1 00000080 00000000 0001 0 0 0 00000080 0 0 0\n\
         docker0 000011AC 00000000 0001 0 0 0 0000FFFF 0 0 0\n\
         nonsense\n";
 

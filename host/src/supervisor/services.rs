@@ -48,7 +48,11 @@ pub fn unix_nanos() -> u64 {
 pub fn start(tasks: &mut JoinSet<()>, vm: &Arc<Vm>) {
     tasks.spawn(tell_time(Arc::clone(vm)));
     tasks.spawn(serve_names(vm.guest.opener.clone()));
-    vm.forwards.follow(Policy::for_this_process(vm.ledger.record().passages.rules));
+    let passages = vm.ledger.record().passages;
+    let mut policy = Policy::for_this_process(passages.rules);
+    // The host's own servers are there: the guest must not take their place while one is restarted.
+    policy.denied.extend(passages.host_ports);
+    vm.forwards.follow(policy);
     tasks.spawn(follow_ports(vm.guest.opener.clone(), Arc::clone(&vm.forwards)));
     serve_passages(tasks, vm);
 }

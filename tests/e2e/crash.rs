@@ -12,14 +12,16 @@ use std::time::{Duration, Instant};
 
 use dhow_guest_tool::Pattern;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use dhow_tests::command::{Cmd, Running};
 use dhow_tests::net::{ask, check_echo, free_port, local};
+use dhow_tests::qmp;
 use dhow_tests::settings::in_path;
 use dhow_tests::{Vm, cases, process, wait_for, wait_until};
 
 cases![Shared: kill_the_supervisor, kill_the_keeper, kill_the_device, kill_the_file_server, kill_the_worker,
-    kill_all_but_qemu, stop_and_continue_each, a_worker_that_always_dies_is_told;
+    kill_all_but_qemu, kill_between_unplugging_and_plugging, stop_and_continue_each, a_worker_that_always_dies_is_told;
     Own: kill_qemu, kill_all_at_once, acknowledged_writes_survive_a_power_cut];
 
 /// How long a recovery may take on a loaded machine; the product's own goal is 2 s.
@@ -350,6 +352,25 @@ fn kill_all_but_qemu(vm: &Vm) {
         life.assert_back("all but QEMU");
         assert_eq!(vm.pid_of(QEMU), qemu);
         writer.end();
+    }
+}
+
+/// A supervisor that dies while it replaces the device leaves one that QEMU does not have.
+fn kill_between_unplugging_and_plugging(vm: &Vm) {
+    let life = Life::new(vm);
+    for _ in 0..repetitions() {
+        let (supervisor, device) = (vm.pid_of(SUPERVISOR), vm.pid_of(DEVICE));
+        // It must not heal what is done here.
+        process::send(supervisor, Signal::SIGSTOP);
+        qmp::monitor(vm, "device_del vsock");
+        wait_until("QEMU without the device", BACK, || {
+            let devices = qmp::execute(vm, "qom-list", &json!({ "path": "/machine/peripheral" }));
+            !devices.as_array().expect("a list").iter().any(|device| device["name"] == "vsock")
+        });
+        assert!(process::is_alive(device), "the device's process waits for another QEMU");
+        process::kill(supervisor);
+        life.assert_back("the supervisor, while it replaced the device");
+        wait_for_new(vm, DEVICE, device);
     }
 }
 

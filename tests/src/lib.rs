@@ -5,6 +5,7 @@ pub mod container;
 pub mod net;
 pub mod process;
 pub mod pty;
+pub mod qmp;
 pub mod report;
 pub mod settings;
 pub mod shared;

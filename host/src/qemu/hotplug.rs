@@ -77,7 +77,11 @@ pub async fn plug_vsock(qmp: &mut Qmp, socket: &Path) -> Result<(), HotplugError
     Err(error.into())
 }
 
-async fn is_plugged(qmp: &mut Qmp) -> Result<bool, QmpError> {
+/// Whether there is a vsock device, dead or alive.
+///
+/// # Errors
+/// As [`QmpError`] says.
+pub async fn is_plugged(qmp: &mut Qmp) -> Result<bool, QmpError> {
     let devices = qmp.execute("qom-list", json!({ "path": "/machine/peripheral" })).await?;
     Ok(names(&devices, "name", VSOCK_ID))
 }

@@ -130,7 +130,7 @@ fn qemu_at(socket: &Path) -> Option<SpawnedChild> {
 
 /// Gives each process its part; one that has none is ended.
 async fn sort(children: Vec<SpawnedChild>, fds: &mut HashMap<String, OwnedFd>, record: &Record) -> Helpers {
-    let mut helpers = Helpers::default();
+    let mut helpers = Helpers { device_is_adopted: true, ..Helpers::default() };
     for child in children {
         let share = record.shares.iter().find(|share| file_server_name(share.number) == child.name);
         match (child.name.as_str(), share) {

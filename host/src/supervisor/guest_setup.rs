@@ -33,6 +33,8 @@ const CONSOLE_LINES: usize = 80;
 pub struct Helpers {
     /// The vsock device.
     pub device: Option<SpawnedChild>,
+    /// An earlier supervisor's, which may have died before it could plug it in.
+    pub device_is_adopted: bool,
     /// passt.
     pub passt: Option<SpawnedChild>,
     /// File servers, by share.
@@ -41,7 +43,7 @@ pub struct Helpers {
 
 /// Starts what keeps the VM's processes, the control stream and the logs' bounds.
 pub fn heal(tasks: &mut JoinSet<()>, vm: &Arc<Vm>, helpers: &mut Helpers) {
-    tasks.spawn(healing::keep_device(Arc::clone(vm), helpers.device.take()));
+    tasks.spawn(healing::keep_device(Arc::clone(vm), helpers.device.take(), helpers.device_is_adopted));
     tasks.spawn(healing::keep_control(Arc::clone(vm)));
     tasks.spawn(services::bound_logs(Arc::clone(vm)));
     if let NetworkKind::Passt { reconnects } = vm.ledger.record().network {

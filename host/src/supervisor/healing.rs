@@ -74,9 +74,16 @@ enum DeviceError {
     Hotplug(#[from] HotplugError),
 }
 
-/// Keeps a connection to the vsock device, and a device; `device` is the one that there is, if any.
-pub async fn keep_device(vm: Arc<Vm>, mut device: Option<SpawnedChild>) {
+/// Keeps a connection to the vsock device, and a device; `device` is the one that there is, if any, and
+/// `adopted` whether it is an earlier supervisor's.
+pub async fn keep_device(vm: Arc<Vm>, mut device: Option<SpawnedChild>, adopted: bool) {
     const TOPIC: &str = "device";
+    if let Some(child) = device.as_ref().filter(|child| adopted && !has_ended(&child.pidfd))
+        && !is_plugged(&vm).await
+    {
+        tracing::warn!("the vsock device was never plugged in: its supervisor died before that");
+        give_up(child).await;
+    }
     let mut pause = Pause::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
         let reached = match &device {
@@ -140,12 +147,26 @@ async fn replace(vm: &Vm) -> Result<(SpawnedChild, DeviceClient), DeviceError> {
             Ok((child, client))
         }
         Err(error) => {
-            // The next attempt brings its own: one that QEMU does not know of would wait for ever.
-            let killed = rustix::process::pidfd_send_signal(&child.pidfd, Signal::KILL);
-            tracing::warn!(?killed, "a new vsock device could not be plugged in; it is ended");
-            ended(&child.pidfd).await;
+            tracing::warn!("a new vsock device could not be plugged in; it is ended");
+            give_up(&child).await;
             Err(error)
         }
+    }
+}
+
+/// Ends a device that QEMU does not know of: it would wait for ever. The next attempt brings its own.
+async fn give_up(child: &SpawnedChild) {
+    if let Err(error) = rustix::process::pidfd_send_signal(&child.pidfd, Signal::KILL) {
+        tracing::debug!(%error, "the vsock device has ended already");
+    }
+    ended(&child.pidfd).await;
+}
+
+/// Whether QEMU has a vsock device. One that does not answer for now is not doubted.
+async fn is_plugged(vm: &Vm) -> bool {
+    match Qmp::connect(&vm.paths.qmp_socket(), QMP_DEADLINE).await {
+        Ok(mut qmp) => hotplug::is_plugged(&mut qmp).await.unwrap_or(true),
+        Err(_) => true,
     }
 }
 

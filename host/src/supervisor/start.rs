@@ -187,7 +187,7 @@ pub async fn bring_up(
         let command = compose(&profile, &paths, &image, accelerator, plan.card, &boot)?;
         let device = processes.vsock_device().await?;
         let qemu = processes.qemu(&command, disk).await?;
-        (qemu, Helpers { device: Some(device), passt: plan.passt, servers: Vec::new() }, secret)
+        (qemu, Helpers { device: Some(device), passt: plan.passt, ..Helpers::default() }, secret)
     };
     let parts = Parts { link, paths, state: Arc::clone(state), ledger, qemu, forwards, secret };
     bring_docker(Vm::new(parts), helpers, docker, restored).await

@@ -11,8 +11,6 @@ mod bare;
 mod connections;
 mod cost;
 mod listener;
-#[path = "../transport/qmp.rs"]
-mod qmp;
 #[path = "../transport/ways.rs"]
 #[allow(dead_code, reason = "this bench needs fewer of the ways")]
 mod ways;

@@ -12,7 +12,6 @@ mod echo;
 mod goals;
 mod iperf;
 mod processes;
-mod qmp;
 mod ways;
 
 use bulk::Direction;

@@ -13,12 +13,12 @@ use std::path::{Path, PathBuf};
 
 use dhow_tests::command::{Cmd, Running};
 use dhow_tests::net::{ask_at, free_port, local};
+use dhow_tests::qmp;
 use dhow_tests::settings::in_path;
 use dhow_tests::{SOON, TOOL, Vm, wait_for, wait_until};
 use serde_json::{Value, json};
 
 use crate::bare::Bare;
-use crate::qmp;
 
 /// The ways, in the order of the table's columns.
 pub const WAYS: [&str; 4] = ["dhow", "ssh -L", "hostfwd", "vsock"];

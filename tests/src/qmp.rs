@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use dhow_tests::Vm;
 use serde_json::{Value, json};
+
+use super::vm::Vm;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 

@@ -50,7 +50,7 @@ pub fn crowd(address: SocketAddr) -> String {
         let clients: Vec<_> = (0..MANY)
             .map(|_| {
                 scope.spawn(|| {
-                    let streams = (0..CROWD / MANY).filter_map(|_| {
+                    let streams = (0..CROWD.div_ceil(MANY)).filter_map(|_| {
                         exchange(address).inspect_err(|_| _ = failed.fetch_add(1, Ordering::Relaxed)).ok()
                     });
                     streams.collect::<Vec<_>>()

@@ -10,6 +10,8 @@ use dhow_tests::{TOOL, Vm};
 
 /// Whatever takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// First port of the listeners that others have.
+pub const OTHERS_FROM: u16 = 10_000;
 /// Between attempts of a client that is refused.
 const PAUSE: Duration = Duration::from_micros(100);
 
@@ -76,7 +78,7 @@ impl Listener {
 
     /// Listens on many ports.
     pub fn many(&mut self, count: usize) {
-        self.word(&format!("many 10000 {count}"));
+        self.word(&format!("many {OTHERS_FROM} {count}"));
     }
 
     /// Closes those.

@@ -56,7 +56,19 @@ impl Ways {
     /// # Panics
     /// When anything of that fails.
     pub fn set_up() -> Self {
+        Self::with_profile("")
+    }
+
+    /// Likewise, with a profile's file.
+    ///
+    /// # Panics
+    /// Likewise.
+    pub fn with_profile(profile: &str) -> Self {
+        use std::os::unix::fs::DirBuilderExt;
         let vm = Vm::new();
+        let folder = vm.dhow_home().join("config/profiles");
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+        made.and_then(|()| std::fs::write(folder.join("default.toml"), profile)).expect("a profile's file");
         start_without_passt(&vm);
         vm.install_tool();
         let image = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("build/bench/tools.tar");

@@ -74,6 +74,18 @@ pub fn failure() -> Failure {
     std::mem::take(&mut lock(&FAILURE))
 }
 
+/// Runs a bench: whatever became of it, no VM of it is left, and a failure is told with the logs of those that lived.
+pub fn bench(measure: fn()) {
+    install();
+    let result = std::panic::catch_unwind(measure);
+    super::vm::clean_up();
+    if result.is_err() {
+        let failure = failure();
+        eprintln!("{}{}", failure.words, failure.logs);
+        std::process::exit(1);
+    }
+}
+
 /// Has failures noted where they happen, as long as the VMs that they are about still live: unwinding
 /// ends those.
 pub fn install() {

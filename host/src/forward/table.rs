@@ -131,7 +131,8 @@ impl Forwards {
             tokio::pin!(frame);
             let event = loop {
                 let retries = self.table().retries;
-                let pause = FIRST_RETRY.saturating_mul(1 << (2 * retries).min(16)).min(RETRY);
+                // Each is four times as long as the one before; after eight it has long been the longest.
+                let pause = FIRST_RETRY.saturating_mul(1 << (2 * retries.min(8))).min(RETRY);
                 tokio::select! {
                     event = &mut frame => break event?,
                     () = tokio::time::sleep(pause), if retries > 0 => self.settle(opener),

@@ -16,7 +16,7 @@ mod listener;
 mod ways;
 
 use dhow_tests::net::free_port;
-use dhow_tests::{Vm, report, vm};
+use dhow_tests::{Vm, report};
 use listener::Listener;
 use ways::Ways;
 
@@ -29,14 +29,7 @@ const POLLS: [(&str, u64, usize); 2] = [("a poll of 1 s", 1000, 30), ("a poll of
 const OTHERS: usize = 500;
 
 fn main() {
-    report::install();
-    let result = std::panic::catch_unwind(measure);
-    vm::clean_up();
-    if result.is_err() {
-        let failure = report::failure();
-        eprintln!("{}{}", failure.words, failure.logs);
-        std::process::exit(1);
-    }
+    report::bench(measure);
 }
 
 /// Says a row, at once.

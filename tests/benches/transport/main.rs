@@ -15,8 +15,8 @@ mod processes;
 mod ways;
 
 use bulk::Direction;
+use dhow_tests::report;
 use dhow_tests::table::{Row, Samples, Table};
-use dhow_tests::{report, vm};
 use ways::{LIMIT, WAYS, Ways};
 
 const SAMPLES: usize = 5;
@@ -29,14 +29,7 @@ const DIRECTIONS: [(&str, Direction); 2] =
 
 fn main() {
     // Cargo says "--bench" to every bench; there is nothing else to say.
-    report::install();
-    let result = std::panic::catch_unwind(measure);
-    vm::clean_up();
-    if result.is_err() {
-        let failure = report::failure();
-        eprintln!("{}{}", failure.words, failure.logs);
-        std::process::exit(1);
-    }
+    report::bench(measure);
 }
 
 fn measure() {

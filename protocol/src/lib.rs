@@ -1,7 +1,7 @@
 //! What crosses the wire between Dhow's host and its guest agent.
 //!
-//! Nothing here opens, listens or connects: types, their bytes, and frame reading on streams that
-//! somebody else opened.
+//! Nothing here opens, listens or connects: types, their bytes, frame reading on streams that
+//! somebody else opened, and what either side lets the other cost it (`allowance.rs`).
 //!
 //! ```text
 //! one vsock connection = one stream
@@ -10,6 +10,7 @@
 //! host ◄─► frames of the stream's own kind, or raw bytes for forwards     control.rs, exec.rs, …
 //! ```
 
+pub mod allowance;
 pub mod boot;
 pub mod bundle;
 pub mod codec;

@@ -67,11 +67,11 @@ async fn listeners_come_and_go(ports: Arc<Ports>, limit: Duration) {
 
 #[tokio::test]
 async fn with_polling_alone() {
-    let (_sender, triggers) = watch::channel(0);
+    let (_sender, hints) = broadcast::channel(MOST_HINTS);
     let ports = Arc::new(Ports {
         own: Vec::new(),
         away: Box::new(|| false),
-        triggers,
+        hints,
         poll: Duration::from_millis(20),
     });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
@@ -83,7 +83,7 @@ async fn with_the_kernels_triggers() {
         eprintln!("skipped: there is no tracefs at /sys/kernel/tracing");
         return;
     }
-    let (sender, triggers) = watch::channel(0);
+    let (sender, hints) = broadcast::channel(MOST_HINTS);
     if let Err(error) = trigger::start(sender) {
         eprintln!("skipped: {error}");
         return;
@@ -92,7 +92,7 @@ async fn with_the_kernels_triggers() {
     let ports = Arc::new(Ports {
         own: Vec::new(),
         away: Box::new(|| false),
-        triggers,
+        hints,
         poll: Duration::from_secs(60),
     });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
@@ -100,11 +100,11 @@ async fn with_the_kernels_triggers() {
 
 #[tokio::test]
 async fn the_report_ends_with_the_stream() {
-    let (_sender, triggers) = watch::channel(0);
+    let (_sender, hints) = broadcast::channel(MOST_HINTS);
     let ports = Arc::new(Ports {
         own: Vec::new(),
         away: Box::new(|| false),
-        triggers,
+        hints,
         poll: Duration::from_secs(60),
     });
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
@@ -119,9 +119,9 @@ fn the_agents_own_addresses_are_left_out() {
     let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let own = std::net::TcpListener::bind("127.0.0.53:0").unwrap();
     let [socket, own] = [socket, own].map(|listener| (tcp(listener.local_addr().unwrap()), listener));
-    let all = diag::Diag::open(Vec::new()).unwrap().dump().unwrap();
+    let all = diag::Diag::open(Vec::new()).unwrap().dump(&Scope::all()).unwrap();
     assert!(all.contains(&socket.0) && all.contains(&own.0));
-    let others = diag::Diag::open(vec![own.0.address]).unwrap().dump().unwrap();
+    let others = diag::Diag::open(vec![own.0.address]).unwrap().dump(&Scope::all()).unwrap();
     assert!(others.contains(&socket.0) && !others.contains(&own.0));
 }
 
@@ -129,9 +129,9 @@ fn the_agents_own_addresses_are_left_out() {
 async fn what_goes_while_the_publisher_is_away_lingers() {
     let away = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let is_away = Arc::clone(&away);
-    let (_sender, triggers) = watch::channel(0);
+    let (_sender, hints) = broadcast::channel(MOST_HINTS);
     let ports = Arc::new(Ports {
-        triggers,
+        hints,
         poll: Duration::from_millis(5),
         own: Vec::new(),
         away: Box::new(move || is_away.load(std::sync::atomic::Ordering::Relaxed)),

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dhow_protocol::allowance::Allowance;
 use dhow_protocol::codec::{self, CONTROL_LIMIT, CodecError};
 use dhow_protocol::ports::{Listener, PortsEvent, Protocol};
 use tokio::io::AsyncRead;
@@ -25,8 +26,10 @@ use crate::api::ForwardReport;
 const MAX_LISTENERS: usize = 8192;
 /// Between two events at the least: a guest that floods is slowed down by its own stream …
 const EVENT_GAP: Duration = Duration::from_millis(1);
-/// … and takes a fifth of this thread at the most: so many times as long as an event took nothing is read.
-const REST: u32 = 4;
+/// … and takes a fifth of this thread at the most …
+const ONE_IN: u32 = 5;
+/// … once it has had so much in advance: a compose stack comes at once.
+const BURST: Duration = Duration::from_millis(500);
 /// Until the first further attempt at addresses that are taken: mostly by a forward that has just ended …
 const FIRST_RETRY: Duration = Duration::from_millis(15);
 /// … and between later ones: something else on the host has it.
@@ -126,6 +129,7 @@ impl Forwards {
         S: AsyncRead + Unpin,
         O: Opener,
     {
+        let mut allowance = Allowance::new(ONE_IN, BURST);
         loop {
             let frame = codec::read_frame::<PortsEvent, _>(stream, CONTROL_LIMIT);
             tokio::pin!(frame);
@@ -141,7 +145,9 @@ impl Forwards {
             let Some(event) = event else { return Ok(()) };
             let begun = Instant::now();
             self.apply(event, opener);
-            tokio::time::sleep(EVENT_GAP.max(begun.elapsed() * REST)).await;
+            let ended = Instant::now();
+            let next = allowance.spend(begun, ended).max(ended + EVENT_GAP);
+            tokio::time::sleep_until(next.into()).await;
         }
     }
 

@@ -14,6 +14,8 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use dhow_guest_tool::{Pattern, Summary};
@@ -25,7 +27,7 @@ const CHUNK: usize = 64 << 10;
 const BULK: usize = 1 << 20;
 const LINE_LIMIT: usize = 128;
 
-/// Serves for ever; a thread a connection. `address` is "IP:PORT" or "vsock:PORT".
+/// Serves for ever; a thread for each connection that is open. `address` is "IP:PORT" or "vsock:PORT".
 pub fn serve(address: &str) -> io::Result<()> {
     let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
     match address.strip_prefix("vsock:") {
@@ -54,15 +56,32 @@ pub fn serve_one(address: &str) -> io::Result<()> {
     connection(stream)
 }
 
-fn serve_each(accept: impl Fn() -> io::Result<TcpStream>) -> io::Result<()> {
+fn serve_each(accept: impl Fn() -> io::Result<TcpStream> + Sync) -> io::Result<()> {
     say("listening");
+    let idle = AtomicUsize::new(0);
+    std::thread::scope(|scope| serve_in_turn(scope, &accept, &idle))
+}
+
+/// Accepts for ever, and leaves an idle thread behind whenever it serves. Threads are used again: to make one for each
+/// connection would cost an emulated guest more than the connection.
+fn serve_in_turn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    accept: &'scope (impl Fn() -> io::Result<TcpStream> + Sync),
+    idle: &'scope AtomicUsize,
+) -> io::Result<()> {
     loop {
+        idle.fetch_add(1, Ordering::Relaxed);
         let stream = accept()?;
-        std::thread::spawn(move || {
-            if let Err(error) = connection(stream) {
-                say(&format!("connection failed: {error}"));
-            }
-        });
+        if idle.fetch_sub(1, Ordering::Relaxed) == 1 {
+            scope.spawn(|| {
+                if let Err(error) = serve_in_turn(scope, accept, idle) {
+                    say(&format!("no further connections: {error}"));
+                }
+            });
+        }
+        if let Err(error) = connection(stream) {
+            say(&format!("connection failed: {error}"));
+        }
     }
 }
 

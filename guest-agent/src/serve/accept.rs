@@ -13,7 +13,7 @@ use dhow_protocol::stream::StreamHeader;
 use tokio::sync::Semaphore;
 use tokio_vsock::VsockListener;
 
-use super::hello::{self, Answer};
+use super::hello::{self, Answer, HandshakeError};
 use super::stream::Stream;
 
 /// How much is taken in at once.
@@ -21,9 +21,10 @@ use super::stream::Stream;
 pub(super) struct Limits {
     /// Streams that have proven themselves; the device has no more either.
     pub streams: usize,
-    /// Connections that have not yet; further ones wait in the listener's backlog.
+    /// Connections that have not yet, some of them opened ahead of their use; further ones wait in the listener's
+    /// backlog.
     pub unproven: usize,
-    /// How long a connection may take to prove itself.
+    /// How long a connection may take to prove itself once it speaks.
     pub deadline: Duration,
     /// Pause after a failed accept: out of descriptors, others must close theirs first.
     pub pause: Duration,
@@ -33,7 +34,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             streams: 1023,
-            unproven: 16,
+            unproven: 32,
             deadline: Duration::from_secs(5),
             pause: Duration::from_millis(100),
         }
@@ -85,6 +86,7 @@ where
         tokio::spawn(async move {
             let (header, answer) = match hello::handshake(&stream, &secret, limits.deadline).await {
                 Ok(opened) => opened,
+                Err(HandshakeError::Unused) => return,
                 Err(error) => {
                     tracing::warn!(error = chain(&error), "connection refused");
                     return;

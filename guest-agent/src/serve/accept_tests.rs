@@ -184,13 +184,24 @@ async fn the_unproven_are_few_and_others_wait() {
 }
 
 #[tokio::test]
-async fn silence_has_a_deadline() {
+async fn half_a_hello_has_a_deadline() {
     let guest =
         Guest::start(Limits { unproven: 1, deadline: Duration::from_millis(20), ..Limits::default() });
-    let silent = guest.connect();
-    is_closed_in_silence(silent).await;
+    let cut = guest.say(&preamble(&SECRET, &StreamHeader::Control)[..1]).await;
+    is_closed_in_silence(cut).await;
     let (_host, opened) = guest.open(&StreamHeader::Control).await;
     opened.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_may_be_opened_ahead_of_its_use() {
+    let deadline = Duration::from_millis(20);
+    let guest = Guest::start(Limits { deadline, ..Limits::default() });
+    let (mut used, unused) = (guest.connect(), guest.connect());
+    tokio::time::sleep(deadline * 3).await;
+    used.write_all(&preamble(&SECRET, &StreamHeader::Control)).await.unwrap();
+    reply(&mut used).await.unwrap();
+    drop(unused);
 }
 
 #[tokio::test]

@@ -16,6 +16,9 @@ const REPLY_DEADLINE: Duration = Duration::from_secs(5);
 /// Why there is no stream.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HandshakeError {
+    /// The host had opened it ahead and has no use for it.
+    #[error("the stream ended without a hello")]
+    Unused,
     /// The hello did not come in time.
     #[error("no complete hello within {0:?}")]
     Deadline(Duration),
@@ -60,7 +63,8 @@ impl Answer {
     }
 }
 
-/// Reads and checks a hello. An unacceptable one is answered where it is one at all.
+/// Reads and checks a hello. It may be long in coming, as the host opens streams ahead of their use, and has to be
+/// complete `deadline` after it has begun. An unacceptable one is answered where it is one at all.
 ///
 /// # Errors
 /// The stream is of no use, and its peer has been told.
@@ -69,8 +73,14 @@ pub(super) async fn handshake(
     secret: &Secret,
     deadline: Duration,
 ) -> Result<(StreamHeader, Answer), HandshakeError> {
-    let (hello, header) =
-        timeout(deadline, read(stream)).await.map_err(|_| HandshakeError::Deadline(deadline))??;
+    let mut fixed = [0; HELLO_LEN];
+    let mut reader = stream;
+    let begun = match reader.read(&mut fixed).await {
+        Ok(0) | Err(_) => return Err(HandshakeError::Unused),
+        Ok(begun) => begun,
+    };
+    let rest = timeout(deadline, read(stream, fixed, begun));
+    let (hello, header) = rest.await.map_err(|_| HandshakeError::Deadline(deadline))??;
     let answer = Answer { secret: secret.clone(), nonce: hello.nonce() };
     match hello.accept(secret, &header) {
         Ok(header) => Ok((header, answer)),
@@ -86,9 +96,13 @@ pub(super) async fn handshake(
     }
 }
 
-async fn read(mut stream: &Stream) -> Result<(Hello, Vec<u8>), HandshakeError> {
-    let mut fixed = [0; HELLO_LEN];
-    stream.read_exact(&mut fixed).await?;
+/// Reads the rest of a hello whose first `begun` bytes are in `fixed`.
+async fn read(
+    mut stream: &Stream,
+    mut fixed: [u8; HELLO_LEN],
+    begun: usize,
+) -> Result<(Hello, Vec<u8>), HandshakeError> {
+    stream.read_exact(&mut fixed[begun..]).await?;
     let hello = Hello::parse(fixed)?;
     // Parsed, so it is below its limit.
     let mut header = vec![0; hello.header_len()];

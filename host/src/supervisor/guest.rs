@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::control::{Control, RequestError, seconds};
+use super::spares::Spares;
 use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 
@@ -45,13 +46,14 @@ pub enum OpenError {
 pub struct Opener {
     device: watch::Receiver<Option<DeviceClient>>,
     secret: Secret,
+    spares: Spares,
 }
 
 impl Opener {
     /// Opens streams through whichever device there is, proving `secret`.
     #[must_use]
     pub fn new(device: watch::Receiver<Option<DeviceClient>>, secret: Secret) -> Self {
-        Self { device, secret }
+        Self { device, secret, spares: Spares::default() }
     }
 
     /// Opens a stream as far as the agent's consent; the host side is attached by the caller. Where the
@@ -87,10 +89,30 @@ impl Opener {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce).map_err(|error| io::Error::other(error.to_string()))?;
         let preamble = Hello::preamble(&self.secret, nonce, header)?;
-        let request = OpenRequest { guest_port: AGENT_PORT, preamble, reply_len: REPLY_LEN, deadline };
-        let pending = client.open(request).await?;
+        let pending = self.say(client, preamble, deadline).await?;
+        self.spares.fill(client);
         HelloReply::parse(pending.reply(), &self.secret, &nonce)?;
         Ok(pending)
+    }
+
+    /// Says a hello on a stream that was opened ahead, or on a new one.
+    async fn say(
+        &self,
+        client: &DeviceClient,
+        preamble: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<PendingStream, TransportError> {
+        let end = Instant::now() + deadline;
+        while let Some(spare) = self.spares.take() {
+            match spare.exchange(preamble.clone(), REPLY_LEN, deadline).await {
+                Err(TransportError::Deadline(_)) => return Err(TransportError::Deadline(deadline)),
+                // It has died since, with the worker or the device that it led to.
+                Err(error) => tracing::debug!(%error, "a stream that was opened ahead is of no use"),
+                Ok(pending) => return Ok(pending),
+            }
+        }
+        let deadline = end.saturating_duration_since(Instant::now());
+        client.open(OpenRequest { guest_port: AGENT_PORT, preamble, reply_len: REPLY_LEN, deadline }).await
     }
 
     /// Opens a stream to a target in the guest, whose host side is `fd`, a connected stream socket.
@@ -194,7 +216,7 @@ mod tests {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
     use super::*;
-    use crate::vsock::device::control::{FromDevice, ToDevice};
+    use crate::vsock::device::control::{FromDevice, Reason, ToDevice};
 
     const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -203,7 +225,7 @@ mod tests {
             .unwrap()
     }
 
-    /// A device and an agent that consents to one stream; returns when the client is gone.
+    /// A device and an agent that consents to one stream and refuses others; returns when the client is gone.
     fn consent(socket: &OwnedFd, secret: &Secret) {
         let mut bytes = vec![0; 64 << 10];
         let (_, length) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
@@ -213,7 +235,16 @@ mod tests {
         let reply = HelloReply::ok().to_bytes(secret, &hello.nonce()).to_vec();
         let answer = FromDevice::Opened { id, reply }.encode();
         rustix::net::send(socket, &answer, SendFlags::NOSIGNAL).unwrap();
-        while rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap().1 > 0 {}
+        loop {
+            let (_, length) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+            if length == 0 {
+                return;
+            }
+            if let Ok(ToDevice::Open { id, .. }) = ToDevice::decode(&bytes[..length]) {
+                let failed = FromDevice::Failed { id, reason: Reason::Refused }.encode();
+                rustix::net::send(socket, &failed, SendFlags::NOSIGNAL).unwrap();
+            }
+        }
     }
 
     #[tokio::test]

@@ -169,23 +169,18 @@ impl Transport for DeviceClient {
             id,
             guest_port,
             reply_len: reply_len as u32,
-            deadline_ms: u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX),
+            deadline_ms: milliseconds(deadline),
             preamble,
         };
         // From here on a drop of this future cancels.
-        let mut ticket = Ticket { shared: Arc::clone(&self.shared), id, live: true };
-        let answer = self.shared.ask(id, message, None, deadline.saturating_add(GRACE)).await?;
-        match answer {
-            FromDevice::Opened { reply, .. } if reply.len() == reply_len => {
-                Ok(PendingStream { reply, inner: ticket })
-            }
-            FromDevice::Failed { reason, .. } => {
-                ticket.live = false;
-                Err(failure(reason, guest_port, deadline))
-            }
-            _ => Err(TransportError::DeviceGone),
-        }
+        let ticket = Ticket { shared: Arc::clone(&self.shared), id, guest_port, live: true };
+        let (reply, inner) = ticket.replied(message, reply_len, deadline).await?;
+        Ok(PendingStream { reply, inner })
     }
+}
+
+fn milliseconds(deadline: Duration) -> u32 {
+    u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX)
 }
 
 fn check(what: &'static str, have: usize, limit: usize) -> Result<(), TransportError> {
@@ -207,10 +202,45 @@ fn failure(reason: Reason, guest_port: u32, deadline: Duration) -> TransportErro
 pub(super) struct Ticket {
     shared: Arc<Shared>,
     id: u32,
+    guest_port: u32,
     live: bool,
 }
 
 impl Ticket {
+    /// Sends `message`, and waits for the reply that it makes the guest give.
+    async fn replied(
+        mut self,
+        message: ToDevice,
+        reply_len: usize,
+        deadline: Duration,
+    ) -> Result<(Vec<u8>, Self), TransportError> {
+        match self.shared.ask(self.id, message, None, deadline.saturating_add(GRACE)).await? {
+            FromDevice::Opened { reply, .. } if reply.len() == reply_len => Ok((reply, self)),
+            FromDevice::Failed { reason, .. } => {
+                self.live = false;
+                Err(failure(reason, self.guest_port, deadline))
+            }
+            _ => Err(TransportError::DeviceGone),
+        }
+    }
+
+    pub(super) async fn exchange(
+        self,
+        preamble: Vec<u8>,
+        reply_len: usize,
+        deadline: Duration,
+    ) -> Result<(Vec<u8>, Self), TransportError> {
+        check("preamble", preamble.len(), MAX_PREAMBLE)?;
+        check("reply", reply_len, MAX_REPLY)?;
+        let message = ToDevice::Exchange {
+            id: self.id,
+            reply_len: reply_len as u32,
+            deadline_ms: milliseconds(deadline),
+            preamble,
+        };
+        self.replied(message, reply_len, deadline).await
+    }
+
     pub(super) async fn attach(mut self, fd: OwnedFd) -> Result<(), TransportError> {
         let id = self.id;
         // Cancelled from here on, the fd is on its way and belongs to the device.

@@ -48,6 +48,18 @@ impl PendingStream {
         &self.reply
     }
 
+    /// Has the stream say `preamble` and waits for a reply of `reply_len` bytes. So one can be opened ahead of its use,
+    /// with nothing to say at first. Dropping the future gives the stream up.
+    pub async fn exchange(
+        self,
+        preamble: Vec<u8>,
+        reply_len: usize,
+        deadline: Duration,
+    ) -> Result<Self, TransportError> {
+        let (reply, inner) = self.inner.exchange(preamble, reply_len, deadline).await?;
+        Ok(Self { reply, inner })
+    }
+
     /// Hands over the stream socket whose bytes the stream carries from now on, beginning with any that the guest
     /// sent after its reply. The socket becomes non-blocking, for all its duplicates too. On failure a TCP client
     /// sees a reset.

@@ -19,6 +19,7 @@
 //!     └──────────────────┴─────────────────┴──────────────────────────────────► Gone
 //!
 //!  host:  Handshake (preamble out, reply in) ─► Opened (no fd yet) ─► Attached(fd) ─► Closed
+//!             ▲──────────── exchange ──────────────┘
 //! ```
 //!
 //! `Gone` with the host `Opened` or `Attached` is *draining*: the guest finished properly, and what it sent is still
@@ -268,7 +269,22 @@ impl Connection {
         }
     }
 
-    /// Whether it can take an fd.
+    /// Has a stream that is open and has no fd say `preamble`, and wait for a reply. What the guest has said unasked
+    /// is taken for the beginning of that.
+    pub fn exchange(&mut self, preamble: Vec<u8>, reply_len: usize) {
+        if self.guest != Guest::Open || self.guest_finished || self.guest_deaf {
+            self.abort(Reason::GuestClosed);
+            return;
+        }
+        self.host = Host::Handshake;
+        self.preamble = preamble;
+        self.preamble_sent = 0;
+        self.reply_len = reply_len;
+        self.reply = self.buffer.drain(..reply_len.min(self.buffer.len())).collect();
+        self.incoming.forward(self.reply.len());
+    }
+
+    /// Whether it can take an fd, or something to say.
     pub fn awaits_fd(&self) -> bool {
         matches!(self.host, Host::Opened)
     }

@@ -10,6 +10,7 @@
 //! | 2 | Attach | nothing; the fd comes by SCM_RIGHTS |
 //! | 3 | Cancel | nothing |
 //! | 4 | Stats | nothing |
+//! | 5 | Exchange | `reply_len u32, deadline_ms u32`, preamble |
 //! | 0x81 | Opened | the reply |
 //! | 0x82 | Failed | `reason u32` |
 //! | 0x83 | Attached | nothing |
@@ -142,12 +143,24 @@ pub enum ToDevice {
         /// Returned in the answer.
         id: u32,
     },
+    /// Have an opened stream that has no fd yet say something and wait for a reply, which is answered as an Open is.
+    /// So a stream can be opened before it is known what for.
+    Exchange {
+        /// Of the Open.
+        id: u32,
+        /// Length of the guest's reply, at most [`MAX_REPLY`].
+        reply_len: u32,
+        /// Milliseconds until the reply must be there.
+        deadline_ms: u32,
+        /// What to send, at most [`MAX_PREAMBLE`].
+        preamble: Vec<u8>,
+    },
 }
 
 /// What the device answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromDevice {
-    /// The stream is open and waits for its fd.
+    /// The stream is open and waits for its fd, or for an exchange.
     Opened {
         /// Of the Open.
         id: u32,
@@ -267,6 +280,14 @@ fn exactly(kind: u8, rest: &[u8], len: usize) -> Result<(), ControlError> {
     if rest.len() == len { Ok(()) } else { Err(ControlError::Length { kind, have: HEAD + rest.len() }) }
 }
 
+fn reply_len(kind: u8, len: u32) -> Result<u32, ControlError> {
+    let value = len as usize;
+    if value > MAX_REPLY {
+        return Err(ControlError::Range { kind, field: "reply length", value, limit: MAX_REPLY });
+    }
+    Ok(len)
+}
+
 fn reason(kind: u8, rest: &[u8]) -> Result<Reason, ControlError> {
     exactly(kind, rest, 4)?;
     let number = u32_at(rest, 0);
@@ -293,6 +314,14 @@ impl ToDevice {
             Self::Attach { id } => head(2, *id),
             Self::Cancel { id } => head(3, *id),
             Self::Stats { id } => head(4, *id),
+            Self::Exchange { id, reply_len, deadline_ms, preamble } => {
+                let mut out = head(5, *id);
+                for field in [reply_len, deadline_ms] {
+                    out.extend_from_slice(&field.to_le_bytes());
+                }
+                out.extend_from_slice(preamble);
+                out
+            }
         }
     }
 
@@ -304,15 +333,10 @@ impl ToDevice {
                 if rest.len() < 12 {
                     return Err(ControlError::Length { kind, have: bytes.len() });
                 }
-                let reply_len = u32_at(rest, 4);
-                if reply_len as usize > MAX_REPLY {
-                    let value = reply_len as usize;
-                    return Err(ControlError::Range { kind, field: "reply length", value, limit: MAX_REPLY });
-                }
                 Ok(Self::Open {
                     id,
                     guest_port: u32_at(rest, 0),
-                    reply_len,
+                    reply_len: reply_len(kind, u32_at(rest, 4))?,
                     deadline_ms: u32_at(rest, 8),
                     preamble: rest[12..].to_vec(),
                 })
@@ -320,6 +344,17 @@ impl ToDevice {
             2 => exactly(kind, rest, 0).map(|()| Self::Attach { id }),
             3 => exactly(kind, rest, 0).map(|()| Self::Cancel { id }),
             4 => exactly(kind, rest, 0).map(|()| Self::Stats { id }),
+            5 => {
+                if rest.len() < 8 || rest.len() - 8 > MAX_PREAMBLE {
+                    return Err(ControlError::Length { kind, have: bytes.len() });
+                }
+                Ok(Self::Exchange {
+                    id,
+                    reply_len: reply_len(kind, u32_at(rest, 0))?,
+                    deadline_ms: u32_at(rest, 4),
+                    preamble: rest[8..].to_vec(),
+                })
+            }
             _ => Err(ControlError::Kind { kind }),
         }
     }
@@ -401,6 +436,15 @@ mod tests {
         assert!(ToDevice::decode(&open(MAX_PREAMBLE, 4096).encode()).is_ok());
         assert!(ToDevice::decode(&open(MAX_PREAMBLE + 1, 4096).encode()).is_err());
         assert!(ToDevice::decode(&open(0, 4097).encode()).is_err());
+        let exchange = |preamble: usize, reply_len| ToDevice::Exchange {
+            id: 1,
+            reply_len,
+            deadline_ms: 1,
+            preamble: vec![0; preamble],
+        };
+        assert!(ToDevice::decode(&exchange(MAX_PREAMBLE, 4096).encode()).is_ok());
+        assert!(ToDevice::decode(&exchange(MAX_PREAMBLE + 1, 4096).encode()).is_err());
+        assert!(ToDevice::decode(&exchange(0, 4097).encode()).is_err());
         assert!(ToDevice::decode(&[2, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(), "trailing byte");
         assert!(ToDevice::decode(&[2, 0, 1, 0, 0, 0, 0, 0]).is_err(), "reserved byte");
         assert!(ToDevice::decode(&[]).is_err());
@@ -422,6 +466,18 @@ mod tests {
             any::<u32>().prop_map(|id| ToDevice::Attach { id }),
             any::<u32>().prop_map(|id| ToDevice::Cancel { id }),
             any::<u32>().prop_map(|id| ToDevice::Stats { id }),
+            (
+                any::<u32>(),
+                0..=MAX_REPLY as u32,
+                any::<u32>(),
+                prop::collection::vec(any::<u8>(), 0..300)
+            )
+                .prop_map(|(id, reply_len, deadline_ms, preamble)| ToDevice::Exchange {
+                    id,
+                    reply_len,
+                    deadline_ms,
+                    preamble
+                }),
         ]
     }
 

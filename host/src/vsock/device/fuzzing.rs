@@ -215,7 +215,13 @@ fn act(
             ask(guest, ToDevice::Attach { id }, fd);
             ends[which].1 = Some(ours);
         }
-        13 => ask(guest, ToDevice::Cancel { id: choices.below(*last as usize + 2) as u32 }, None),
+        13 => {
+            let id = choices.below(*last as usize + 2) as u32;
+            let preamble = vec![8; choices.below(10_000)];
+            let reply_len = choices.below(50) as u32;
+            let exchange = ToDevice::Exchange { id, reply_len, deadline_ms: 600_000, preamble };
+            ask(guest, if choices.byte() % 2 == 0 { ToDevice::Cancel { id } } else { exchange }, None);
+        }
         14 => {
             if !guest.repost && choices.byte() % 2 == 0 && guest.rx.avail == guest.rx.seen {
                 for buffer in 0..RING / 4 {

@@ -161,6 +161,20 @@ impl Muxer {
         }
     }
 
+    /// A supervisor has a stream that is open say something.
+    pub fn exchange(&mut self, owner: Owner, preamble: Vec<u8>, reply_len: usize, deadline: Instant) {
+        let index = self.by_owner.get(&owner).copied();
+        let slot = index.and_then(|index| self.slot_mut(index)).filter(|slot| slot.connection.awaits_fd());
+        let (Some(index), Some(slot)) = (index, slot) else {
+            // The guest may have reset it on the way.
+            self.notices.push((owner.control, FromDevice::Failed { id: owner.id, reason: Reason::Unknown }));
+            return;
+        };
+        slot.deadline = Some(deadline);
+        slot.connection.exchange(preamble, reply_len);
+        self.settle(index);
+    }
+
     /// A supervisor hands over the fd of a stream that is open.
     pub fn attach(&mut self, owner: Owner, fd: Option<OwnedFd>) {
         let refuse = |this: &mut Self, reason| {

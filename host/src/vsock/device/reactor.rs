@@ -221,8 +221,12 @@ impl Reactor {
                 if self.muxer.knows(owner) {
                     return Err(format!("stream {id} exists already").into());
                 }
-                let deadline = now + Duration::from_millis(deadline_ms.into()).min(MAX_DEADLINE);
+                let deadline = deadline(now, deadline_ms);
                 self.muxer.open(owner, guest_port, preamble, reply_len as usize, deadline);
+            }
+            ToDevice::Exchange { id, reply_len, deadline_ms, preamble } => {
+                let owner = Owner { control, id };
+                self.muxer.exchange(owner, preamble, reply_len as usize, deadline(now, deadline_ms));
             }
             ToDevice::Attach { id } => self.muxer.attach(Owner { control, id }, record.fd),
             ToDevice::Cancel { id } => self.muxer.cancel(Owner { control, id }),
@@ -247,4 +251,8 @@ impl Reactor {
             tracing::info!("supervisor disconnected");
         }
     }
+}
+
+fn deadline(now: Instant, ms: u32) -> Instant {
+    now + Duration::from_millis(ms.into()).min(MAX_DEADLINE)
 }

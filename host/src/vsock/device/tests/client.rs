@@ -102,6 +102,35 @@ async fn open_attach_and_echo() {
 }
 
 #[tokio::test]
+async fn a_stream_opened_ahead_is_told_later_what_it_is() {
+    let (_guest, control) = Running::start();
+    let client = DeviceClient::new(control).unwrap();
+    let spare = client.open(request(1000, b"", LONG)).await.unwrap();
+    assert_eq!(spare.reply(), b"");
+    let pending = spare.exchange(b"hello".to_vec(), 5, LONG).await.unwrap();
+    assert_eq!(pending.reply(), b"hello");
+    // And once more, before it gets its fd.
+    let pending = pending.exchange(b"again".to_vec(), 5, LONG).await.unwrap();
+    assert_eq!(pending.reply(), b"again");
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    pending.attach(theirs.into()).await.unwrap();
+    let echoed = tokio::task::spawn_blocking(move || {
+        ours.write_all(b"and more").unwrap();
+        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        ours.read_to_end(&mut got).unwrap();
+        got
+    });
+    assert_eq!(echoed.await.unwrap(), b"and more");
+    // One that is dropped, or whose reply does not come, is gone.
+    drop(client.open(request(1000, b"", LONG)).await.unwrap());
+    let spare = client.open(request(1000, b"", LONG)).await.unwrap();
+    let late = spare.exchange(b"x".to_vec(), 2, Duration::from_millis(30)).await;
+    assert!(matches!(late, Err(TransportError::Deadline(_))), "{late:?}");
+    eventually_empty(&client).await;
+}
+
+#[tokio::test]
 async fn many_at_once() {
     let (_guest, control) = Running::start();
     let client = DeviceClient::new(control).unwrap();

@@ -64,6 +64,36 @@ fn preamble_reply_and_what_follows() {
 }
 
 #[test]
+fn a_stream_that_is_open_is_told_what_it_is() {
+    let exchange =
+        |id| ToDevice::Exchange { id, reply_len: 3, deadline_ms: 600_000, preamble: b"hi".to_vec() };
+    let mut guest = Guest::new();
+    let stream = guest.open(1, &[], 0);
+    guest.answer();
+    // What is said unasked belongs to the reply.
+    guest.send(stream.header(Op::Rw), b"ab", &[]);
+    guest.ask(exchange(1), None);
+    assert_eq!(guest.expect(Op::Rw).1, b"hi");
+    assert_eq!(guest.try_answer(), None, "the reply is not complete");
+    guest.send(stream.header(Op::Rw), b"cd", &[]);
+    assert_eq!(guest.answer(), FromDevice::Opened { id: 1, reply: b"abc".to_vec() });
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    guest.attach(1, theirs.into());
+    let mut got = [0; 1];
+    ours.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"d");
+    guest.ask(exchange(1), None);
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::Unknown }, "it has its fd");
+    // A guest that has finished will not answer.
+    let stream = guest.open(2, &[], 0);
+    guest.answer();
+    guest.send(stream.shutdown(SHUTDOWN_SEND), &[], &[]);
+    guest.ask(exchange(2), None);
+    assert_eq!(guest.answer(), FromDevice::Failed { id: 2, reason: Reason::GuestClosed });
+    guest.expect(Op::Rst);
+}
+
+#[test]
 fn a_long_preamble_waits_for_credit() {
     let mut guest = Guest::new();
     let preamble = pattern(60 * 1024);

@@ -15,6 +15,7 @@ mod lifecycle;
 mod mounts;
 mod network;
 mod ports;
+mod profiles;
 mod rules;
 mod selftest;
 mod unprivileged;
@@ -40,6 +41,7 @@ fn cases() -> Vec<Case> {
         failures::cases(),
         unprivileged::cases(),
         rules::cases(),
+        profiles::cases(),
     ]
     .concat();
     cases.sort_by_key(|case| matches!(case.body, Body::Own(_)));

@@ -12,7 +12,7 @@ cases![Shared: every_address_of_the_guest, two_listeners_on_one_port, a_range_of
     datagrams_of_several_clients, a_name_server_in_a_container, clients_of_the_guest_are_no_servers,
     without_the_userland_proxy, there_when_docker_run_returns, twenty_published_at_once,
     published_again_and_again, connections_outlive_their_listener, a_restart_of_dockerd_refuses_nobody,
-    a_guest_that_listens_everywhere];
+    a_guest_that_listens_everywhere, a_flood_of_connections_leaves_room, a_guest_that_never_reads];
 
 /// How long dockerd may take to come back on a loaded machine.
 const RETURN: Duration = Duration::from_secs(90);
@@ -411,4 +411,81 @@ fn a_guest_that_listens_everywhere(vm: &Vm) {
     });
     check_echo(local(port), 10, 1000);
     drop(server);
+}
+
+/// More connections than one forward may have at a time, which is half of all that there are.
+const FLOOD: usize = 2600;
+/// Who makes them.
+const FLOODERS: usize = 8;
+
+/// A connection to a server that echoes; `None` where it is refused.
+fn held_open(port: u16) -> Option<TcpStream> {
+    use std::io::{Read, Write};
+    let mut stream = TcpStream::connect(local(port)).ok()?;
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(b"echo\nx").ok()?;
+    stream.read_exact(&mut [0]).ok()?;
+    Some(stream)
+}
+
+/// Somebody on the host opens connections without end: they are bounded, it is told once, and nobody else is shut out.
+fn a_flood_of_connections_leaves_room(vm: &Vm) {
+    let [quiet, flooded] = [0; 2].map(|_| free_port());
+    let servers = [quiet, flooded].map(|port| serve(vm, "serve", local(port)));
+    for port in [quiet, flooded] {
+        check_echo(local(port), 1, 1000);
+    }
+    let others_work = || {
+        check_echo(local(quiet), 2, 100_000);
+        vm.exec(&["true"]).ok();
+        vm.docker(&["version"]).ok();
+    };
+    let log = vm.data("log/keeper.log");
+    let told = || std::fs::read_to_string(&log).unwrap().matches("connections are refused").count();
+    let before = told();
+    let held: Vec<TcpStream> = std::thread::scope(|scope| {
+        let one = || (0..FLOOD / FLOODERS).filter_map(|_| held_open(flooded)).collect::<Vec<_>>();
+        let flooders: Vec<_> = (0..FLOODERS).map(|_| scope.spawn(one)).collect();
+        others_work();
+        flooders.into_iter().flat_map(|flooder| flooder.join().unwrap()).collect()
+    });
+    assert!((1024..FLOOD - 100).contains(&held.len()), "{} of {FLOOD} are open", held.len());
+    others_work();
+    assert_eq!(told() - before, 1, "lines about it");
+    drop(held);
+    wait_for("room for new ones", SOON, || held_open(flooded).map(drop).ok_or_else(|| "refused".to_owned()));
+    check_echo(local(flooded), 3, 100_000);
+    drop(servers);
+}
+
+/// A server that takes connections and reads nothing: what is on its way to it is bounded, and others go on.
+fn a_guest_that_never_reads(vm: &Vm) {
+    use std::io::{Read, Write};
+    let [quiet, deaf] = [0; 2].map(|_| free_port());
+    let servers = [quiet, deaf].map(|port| serve(vm, "serve", local(port)));
+    for port in [quiet, deaf] {
+        check_echo(local(port), 1, 1000);
+    }
+    vm.sh(&format!("pkill -STOP -f '^{TOOL} serve 127.0.0.1:{deaf}$'")).ok();
+    let mut clients: Vec<TcpStream> = (0..4).map(|_| connect(local(deaf))).collect();
+    for client in &mut clients {
+        client.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        let (mut taken, chunk) = (0, vec![0; 1 << 20]);
+        while let Ok(written) = client.write(&chunk) {
+            taken += written;
+            assert!(taken < 64 << 20, "it takes without end");
+        }
+    }
+    check_echo(local(quiet), 2, 300_000);
+    vm.exec(&["true"]).ok();
+    drop(servers);
+    // It ends with its reader, and says so.
+    for client in &mut clients {
+        client.set_read_timeout(Some(SOON)).unwrap();
+        let ended = client.read(&mut [0]);
+        assert!(
+            !ended.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock),
+            "{ended:?}"
+        );
+    }
 }

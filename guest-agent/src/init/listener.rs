@@ -8,7 +8,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, bind, socke
 
 use super::error::InitError;
 
-/// Connections that wait for the worker. The device allows 1,023 in all.
+/// Connections that wait for the worker. The device allows 4,095 in all.
 const BACKLOG: i32 = 1024;
 /// Bytes that the host may send ahead on each connection; accepted sockets inherit it. The kernel's
 /// default, 256 KiB, makes bulk data wait for credit.

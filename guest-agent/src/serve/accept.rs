@@ -33,7 +33,7 @@ pub(super) struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            streams: 1023,
+            streams: 4095,
             unproven: 32,
             deadline: Duration::from_secs(5),
             pause: Duration::from_millis(100),

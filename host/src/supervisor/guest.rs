@@ -3,6 +3,7 @@
 //! Device and control stream may be replaced while the VM runs (`healing.rs`); what is asked meanwhile
 //! waits for the new one within its own deadline.
 
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -115,12 +116,18 @@ impl Opener {
         client.open(OpenRequest { guest_port: AGENT_PORT, preamble, reply_len: REPLY_LEN, deadline }).await
     }
 
-    /// Opens a stream to a target in the guest, whose host side is `fd`, a connected stream socket.
+    /// Opens a stream to a target in the guest, whose host side is `fd`, a connected stream socket. Those to one
+    /// target leave room for others.
     ///
     /// # Errors
     /// As [`Opener::open`].
     pub async fn open_with(&self, header: &StreamHeader, fd: OwnedFd) -> Result<(), OpenError> {
-        Ok(self.open(header, CONNECT_DEADLINE).await?.attach(fd).await?)
+        let pending = self.open(header, CONNECT_DEADLINE).await?;
+        match group(header) {
+            Some(group) => pending.attach_of(group, fd).await?,
+            None => pending.attach(fd).await?,
+        }
+        Ok(())
     }
 
     /// Opens a stream that this process itself reads and writes.
@@ -138,6 +145,21 @@ impl Opener {
         self.open(header, deadline).await?.attach(theirs.into()).await?;
         Ok(ours)
     }
+}
+
+/// A number for those streams that are many: one for each place that they lead to, the same for every supervisor of
+/// this build. Two places may have one number; then they share their room.
+fn group(header: &StreamHeader) -> Option<u32> {
+    let mut hasher = std::hash::DefaultHasher::new();
+    match header {
+        StreamHeader::Tcp { address, port } => ("tcp", address, port).hash(&mut hasher),
+        StreamHeader::Udp { address, port } => ("udp", address, port).hash(&mut hasher),
+        StreamHeader::Unix { path } => ("unix", path).hash(&mut hasher),
+        StreamHeader::Dialled { .. } => "dialled".hash(&mut hasher),
+        _ => return None,
+    }
+    // 0 is no group.
+    Some(hasher.finish() as u32 | 1)
 }
 
 /// The guest as the services see it. Clones share it.

@@ -2,8 +2,8 @@
 //! the clock.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dhow_parent::ParentLink;
 use dhow_protocol::control::{ControlRequest, DaemonState, DaemonStatus};
@@ -11,13 +11,14 @@ use dhow_protocol::stream::StreamHeader;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::guest::{OPEN_DEADLINE, Opener};
+use super::guest::{OPEN_DEADLINE, OpenError, Opener};
 use super::logs;
 use super::paused;
 use super::state::State;
 use super::vm::Vm;
 use crate::forward::rules::Side;
 use crate::forward::{self, Change, Forwards, HostServices, Policy, sockets};
+use crate::vsock::TransportError;
 
 /// The guest's docker socket.
 const DOCKER_SOCKET: &str = "/run/docker.sock";
@@ -32,9 +33,26 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How long the guest may take to answer that it lives.
 const PING_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Between two lines about a flood.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
 impl forward::Opener for Opener {
     async fn open(&self, header: StreamHeader, fd: OwnedFd) -> Result<(), String> {
-        self.open_with(&header, fd).await.map_err(|error| crate::errors::chain(&error))
+        let opened = self.open_with(&header, fd).await;
+        if let Err(OpenError::Transport(error @ TransportError::TooMany)) = &opened {
+            tell_of_flood(&header, error);
+        }
+        opened.map_err(|error| crate::errors::chain(&error))
+    }
+}
+
+/// Says in the log that connections are refused, once a minute: who floods is not to fill it.
+fn tell_of_flood(header: &StreamHeader, error: &TransportError) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_none_or(|last| last.elapsed() >= TELL_AGAIN) {
+        *last = Some(Instant::now());
+        tracing::warn!(%error, ?header, "connections are refused");
     }
 }
 

@@ -241,13 +241,14 @@ impl Ticket {
         self.replied(message, reply_len, deadline).await
     }
 
-    pub(super) async fn attach(mut self, fd: OwnedFd) -> Result<(), TransportError> {
+    pub(super) async fn attach(mut self, group: u32, fd: OwnedFd) -> Result<(), TransportError> {
         let id = self.id;
         // Cancelled from here on, the fd is on its way and belongs to the device.
         self.live = false;
-        match self.shared.ask(id, ToDevice::Attach { id }, Some(fd), PROMPT).await? {
+        match self.shared.ask(id, ToDevice::Attach { id, group }, Some(fd), PROMPT).await? {
             FromDevice::Attached { .. } => Ok(()),
             FromDevice::AttachFailed { reason: Reason::BadFd, .. } => Err(TransportError::BadFd),
+            FromDevice::AttachFailed { reason: Reason::TooMany, .. } => Err(TransportError::TooMany),
             FromDevice::AttachFailed { reason, .. } | FromDevice::Failed { reason, .. } => {
                 Err(TransportError::Reset(reason))
             }

@@ -64,7 +64,13 @@ impl PendingStream {
     /// sent after its reply. The socket becomes non-blocking, for all its duplicates too. On failure a TCP client
     /// sees a reset.
     pub async fn attach(self, fd: OwnedFd) -> Result<(), TransportError> {
-        self.inner.attach(fd).await
+        self.inner.attach(0, fd).await
+    }
+
+    /// Likewise, as one of `group` (not 0), which has no more streams than it leaves room for others: beyond,
+    /// [`TransportError::TooMany`].
+    pub async fn attach_of(self, group: u32, fd: OwnedFd) -> Result<(), TransportError> {
+        self.inner.attach(group, fd).await
     }
 }
 
@@ -78,7 +84,10 @@ pub enum TransportError {
     #[error("the guest did not answer within {:.0} s", .0.as_secs_f64())]
     Deadline(Duration),
     /// No room for another one.
-    #[error("there are {max} streams to the guest already", max = device::MAX_CONNECTIONS)]
+    #[error(
+        "there are too many streams to the guest ({max} at the most), or to this place in it",
+        max = device::MAX_CONNECTIONS
+    )]
     TooMany,
     /// The guest or the device ended it.
     #[error("the stream to the guest was reset ({0:?})")]

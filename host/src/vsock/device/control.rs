@@ -7,7 +7,7 @@
 //! | kind | message | after the id |
 //! |---|---|---|
 //! | 1 | Open | `guest_port u32, reply_len u32, deadline_ms u32`, preamble |
-//! | 2 | Attach | nothing; the fd comes by SCM_RIGHTS |
+//! | 2 | Attach | `group u32`; the fd comes by SCM_RIGHTS |
 //! | 3 | Cancel | nothing |
 //! | 4 | Stats | nothing |
 //! | 5 | Exchange | `reply_len u32, deadline_ms u32`, preamble |
@@ -71,7 +71,7 @@ pub enum Reason {
     Refused = 1,
     /// The deadline passed.
     Deadline = 2,
-    /// As many connections as there may be.
+    /// As many connections as there may be, or as the group may have.
     TooMany = 3,
     /// The guest reset the connection.
     GuestReset = 4,
@@ -132,6 +132,9 @@ pub enum ToDevice {
     Attach {
         /// Of the Open.
         id: u32,
+        /// Streams of one group have no more room than they leave to others: as many may have an fd as there could be
+        /// further streams. 0 is no group.
+        group: u32,
     },
     /// Give an Open up, or reset an opened stream.
     Cancel {
@@ -311,7 +314,11 @@ impl ToDevice {
                 out.extend_from_slice(preamble);
                 out
             }
-            Self::Attach { id } => head(2, *id),
+            Self::Attach { id, group } => {
+                let mut out = head(2, *id);
+                out.extend_from_slice(&group.to_le_bytes());
+                out
+            }
             Self::Cancel { id } => head(3, *id),
             Self::Stats { id } => head(4, *id),
             Self::Exchange { id, reply_len, deadline_ms, preamble } => {
@@ -341,7 +348,7 @@ impl ToDevice {
                     preamble: rest[12..].to_vec(),
                 })
             }
-            2 => exactly(kind, rest, 0).map(|()| Self::Attach { id }),
+            2 => exactly(kind, rest, 4).map(|()| Self::Attach { id, group: u32_at(rest, 0) }),
             3 => exactly(kind, rest, 0).map(|()| Self::Cancel { id }),
             4 => exactly(kind, rest, 0).map(|()| Self::Stats { id }),
             5 => {
@@ -445,7 +452,7 @@ mod tests {
         assert!(ToDevice::decode(&exchange(MAX_PREAMBLE, 4096).encode()).is_ok());
         assert!(ToDevice::decode(&exchange(MAX_PREAMBLE + 1, 4096).encode()).is_err());
         assert!(ToDevice::decode(&exchange(0, 4097).encode()).is_err());
-        assert!(ToDevice::decode(&[2, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(), "trailing byte");
+        assert!(ToDevice::decode(&[3, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(), "trailing byte");
         assert!(ToDevice::decode(&[2, 0, 1, 0, 0, 0, 0, 0]).is_err(), "reserved byte");
         assert!(ToDevice::decode(&[]).is_err());
         assert!(FromDevice::decode(&[0x82, 0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 0]).is_err(), "no such reason");
@@ -463,7 +470,7 @@ mod tests {
                 .prop_map(|(id, guest_port, reply_len, deadline_ms, preamble)| {
                     ToDevice::Open { id, guest_port, reply_len, deadline_ms, preamble }
                 }),
-            any::<u32>().prop_map(|id| ToDevice::Attach { id }),
+            (any::<u32>(), any::<u32>()).prop_map(|(id, group)| ToDevice::Attach { id, group }),
             any::<u32>().prop_map(|id| ToDevice::Cancel { id }),
             any::<u32>().prop_map(|id| ToDevice::Stats { id }),
             (

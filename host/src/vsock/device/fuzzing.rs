@@ -212,7 +212,7 @@ fn act(
             ours.set_nonblocking(true).expect("a socket");
             let id = choices.below(*last as usize + 2) as u32;
             let fd = (choices.byte() % 8 != 0).then(|| theirs.into());
-            ask(guest, ToDevice::Attach { id }, fd);
+            ask(guest, ToDevice::Attach { id, group: id % 3 }, fd);
             ends[which].1 = Some(ours);
         }
         13 => {

@@ -19,7 +19,7 @@ use super::ports::PortRotation;
 use super::queue::{ChainError, RxQueue, TxPacket};
 
 /// As many connections as there may be at a time.
-pub const MAX_CONNECTIONS: usize = 1023;
+pub const MAX_CONNECTIONS: usize = 4095;
 
 /// Packets that one connection may send before it is another one's turn.
 const TURN: usize = 16;
@@ -55,6 +55,8 @@ struct Slot {
     /// By when it must be open, while it is not.
     deadline: Option<Instant>,
     queued: bool,
+    /// Of which it is one of those with an fd; 0 where of none.
+    group: u32,
 }
 
 /// See the module's description.
@@ -67,6 +69,8 @@ pub struct Muxer {
     free: Vec<usize>,
     by_ports: HashMap<Ports, usize>,
     by_owner: HashMap<Owner, usize>,
+    /// Connections of each group that has any.
+    groups: HashMap<u32, usize>,
     ready: VecDeque<usize>,
     resets: VecDeque<Header>,
     stray_resets: usize,
@@ -87,6 +91,7 @@ impl Muxer {
             free: (0..MAX_CONNECTIONS).rev().collect(),
             by_ports: HashMap::new(),
             by_owner: HashMap::new(),
+            groups: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             stray_resets: 0,
@@ -146,7 +151,7 @@ impl Muxer {
         let ports = Ports { host, guest: guest_port };
         let connection = Connection::new(self.guest_cid, ports, preamble, reply_len);
         self.slots[index].1 =
-            Some(Slot { connection, owner: Some(owner), deadline: Some(deadline), queued: false });
+            Some(Slot { connection, owner: Some(owner), deadline: Some(deadline), queued: false, group: 0 });
         self.by_ports.insert(ports, index);
         self.by_owner.insert(owner, index);
         self.settle(index);
@@ -176,7 +181,7 @@ impl Muxer {
     }
 
     /// A supervisor hands over the fd of a stream that is open.
-    pub fn attach(&mut self, owner: Owner, fd: Option<OwnedFd>) {
+    pub fn attach(&mut self, owner: Owner, group: u32, fd: Option<OwnedFd>) {
         let refuse = |this: &mut Self, reason| {
             this.notices.push((owner.control, FromDevice::AttachFailed { id: owner.id, reason }));
         };
@@ -190,13 +195,30 @@ impl Muxer {
             refuse(self, Reason::Unknown);
             return;
         };
+        if !self.has_room(group) {
+            // The client is to see that it is refused.
+            if let Some(fd) = fd {
+                host_fd::reset(&fd);
+            }
+            refuse(self, Reason::TooMany);
+            self.disown(index);
+            if let Some(slot) = self.slot_mut(index) {
+                slot.connection.abort(Reason::TooMany);
+            }
+            self.settle(index);
+            return;
+        }
         let adopted = fd.map(|fd| HostFd::adopt(fd, &self.epoll, self.token(index)));
         match adopted {
             Some(Ok(fd)) => {
                 self.by_owner.remove(&owner);
                 if let Some(slot) = self.slot_mut(index) {
                     slot.owner = None;
+                    slot.group = group;
                     slot.connection.attach(fd);
+                }
+                if group != 0 {
+                    *self.groups.entry(group).or_default() += 1;
                 }
                 self.notices.push((owner.control, FromDevice::Attached { id: owner.id }));
             }
@@ -213,6 +235,12 @@ impl Muxer {
             }
         }
         self.settle(index);
+    }
+
+    /// Whether a group may have one more: not more than there is room for others besides. A flood of one forward so
+    /// ends with half of all connections, a second one with a third, and there is always room for somebody else.
+    fn has_room(&self, group: u32) -> bool {
+        group == 0 || self.groups.get(&group).is_none_or(|&members| members < self.free.len())
     }
 
     /// A supervisor gives up a stream that has no fd yet; one that it does not know is no error, as answers cross.
@@ -425,7 +453,13 @@ impl Muxer {
             self.by_ports.remove(&ports);
         }
         if slot.connection.dead() {
-            let queued = slot.queued;
+            let (queued, group) = (slot.queued, slot.group);
+            if let Some(members) = self.groups.get_mut(&group) {
+                *members -= 1;
+                if *members == 0 {
+                    self.groups.remove(&group);
+                }
+            }
             self.slots[index].1 = None;
             self.slots[index].0 = self.slots[index].0.wrapping_add(1) & 0x3fff_ffff;
             self.free.push(index);

@@ -228,7 +228,7 @@ impl Reactor {
                 let owner = Owner { control, id };
                 self.muxer.exchange(owner, preamble, reply_len as usize, deadline(now, deadline_ms));
             }
-            ToDevice::Attach { id } => self.muxer.attach(Owner { control, id }, record.fd),
+            ToDevice::Attach { id, group } => self.muxer.attach(Owner { control, id }, group, record.fd),
             ToDevice::Cancel { id } => self.muxer.cancel(Owner { control, id }),
             ToDevice::Stats { id } => {
                 let stats = self.muxer.stats();

@@ -424,7 +424,7 @@ impl Guest {
     }
 
     pub fn attach(&mut self, id: u32, fd: OwnedFd) {
-        self.ask(ToDevice::Attach { id }, Some(fd));
+        self.ask(ToDevice::Attach { id, group: 0 }, Some(fd));
         assert_eq!(self.answer(), FromDevice::Attached { id });
     }
 }

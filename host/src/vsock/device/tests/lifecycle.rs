@@ -330,7 +330,7 @@ fn an_fd_for_a_stream_that_was_reset_becomes_a_reset() {
     guest.send(stream.header(Op::Rst), &[], &[]);
     assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::GuestReset });
     let (mut client, fd) = tcp_pair();
-    guest.ask(ToDevice::Attach { id: 1 }, Some(fd));
+    guest.ask(ToDevice::Attach { id: 1, group: 0 }, Some(fd));
     assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::Unknown });
     assert_eq!(client.read(&mut [0; 10]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
@@ -341,12 +341,12 @@ fn an_fd_that_is_no_stream_socket_is_refused() {
     guest.open(1, &[], 0);
     guest.answer();
     let file = std::fs::File::open("/dev/null").unwrap();
-    guest.ask(ToDevice::Attach { id: 1 }, Some(file.into()));
+    guest.ask(ToDevice::Attach { id: 1, group: 0 }, Some(file.into()));
     assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::BadFd });
     guest.expect(Op::Rst);
     guest.open(2, &[], 0);
     guest.answer();
-    guest.ask(ToDevice::Attach { id: 2 }, None);
+    guest.ask(ToDevice::Attach { id: 2, group: 0 }, None);
     assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 2, reason: Reason::BadFd });
 }
 
@@ -414,6 +414,37 @@ fn there_is_a_limit() {
     guest.expect(Op::Rst);
     guest.ask(open_message(5000, 600_000), None);
     guest.expect(Op::Request);
+}
+
+#[test]
+fn a_group_leaves_as_much_room_as_it_takes() {
+    let mut guest = Guest::new();
+    let mut ends = Vec::new();
+    let mut attach = |guest: &mut Guest, id: u32, group: u32| {
+        guest.open(id, &[], 0);
+        guest.answer();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        guest.ask(ToDevice::Attach { id, group }, Some(theirs.into()));
+        ends.push(ours);
+        guest.answer()
+    };
+    let half = MAX_CONNECTIONS as u32 / 2;
+    for id in 0..half {
+        assert_eq!(attach(&mut guest, id, 7), FromDevice::Attached { id });
+    }
+    let refused = FromDevice::AttachFailed { id: half, reason: Reason::TooMany };
+    assert_eq!(attach(&mut guest, half, 7), refused);
+    guest.expect(Op::Rst);
+    // Others have room, and so has the group when some of it have left.
+    for (id, group) in [(half + 1, 8), (half + 2, 0)] {
+        assert_eq!(attach(&mut guest, id, group), FromDevice::Attached { id });
+    }
+    assert!(matches!(attach(&mut guest, half + 3, 7), FromDevice::AttachFailed { .. }));
+    guest.expect(Op::Rst);
+    drop(ends);
+    guest.backend.reset_device();
+    guest.turn();
+    assert_eq!(guest.connections(), 0);
 }
 
 #[test]
@@ -504,7 +535,7 @@ fn a_cut_before_the_fd_comes_resets_it() {
     guest.expect(Op::Rst);
     assert_eq!(guest.answer(), FromDevice::Failed { id: 1, reason: Reason::GuestReset });
     let (client, fd) = tcp_pair();
-    guest.ask(ToDevice::Attach { id: 1 }, Some(fd));
+    guest.ask(ToDevice::Attach { id: 1, group: 0 }, Some(fd));
     assert_eq!(guest.answer(), FromDevice::AttachFailed { id: 1, reason: Reason::Unknown });
     assert!(read_to_the_end(&mut guest, &client).1);
 }
@@ -620,7 +651,7 @@ fn too_many_fds_are_closed() {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(20))];
         let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
-        let record = ToDevice::Attach { id: 1 }.encode();
+        let record = ToDevice::Attach { id: 1, group: 0 }.encode();
         let part = [std::io::IoSlice::new(&record)];
         let flags = rustix::net::SendFlags::empty();
         rustix::net::sendmsg(&guest.control, &part, &mut ancillary, flags).unwrap();

@@ -273,7 +273,7 @@ impl Machine {
         };
         self.send(stream.header(Op::Response), &[]);
         assert!(matches!(self.answer(), FromDevice::Opened { .. }));
-        self.ask(ToDevice::Attach { id }, Some(fd));
+        self.ask(ToDevice::Attach { id, group: 0 }, Some(fd));
         assert_eq!(self.answer(), FromDevice::Attached { id });
         stream
     }

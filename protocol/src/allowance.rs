@@ -11,6 +11,9 @@ pub struct Allowance {
     paid: Option<Instant>,
 }
 
+/// See [`Allowance::spend`].
+const LONGEST_REST: Duration = Duration::from_secs(2);
+
 impl Allowance {
     /// One part in `one_in` of the time may be spent in the long run; `burst` is how far spending may run ahead of
     /// that, so that `burst / one_in` can be spent at once after a rest.
@@ -19,11 +22,12 @@ impl Allowance {
         Self { one_in, burst, paid: None }
     }
 
-    /// Work began and ended: says from when on there may be more. Not before its end.
+    /// Work began and ended: says from when on there may be more. Not before its end, and at most [`LONGEST_REST`]
+    /// after it: time that was taken away from this process counts as well, and nobody is to wait for ever.
     pub fn spend(&mut self, began: Instant, ended: Instant) -> Instant {
         let took = ended.saturating_duration_since(began);
         let from = self.paid.map_or(began, |paid| paid.max(began));
-        let paid = from + took.saturating_mul(self.one_in);
+        let paid = (from + took.saturating_mul(self.one_in)).min(ended + self.burst + LONGEST_REST);
         self.paid = Some(paid);
         paid.checked_sub(self.burst).map_or(ended, |next| next.max(ended))
     }
@@ -48,8 +52,13 @@ mod tests {
         assert_eq!(allowance.spend(at(50), at(60)), at(100));
         // A rest brings it back.
         assert_eq!(allowance.spend(at(1000), at(1010)), at(1010));
-        // One that takes long is paid for afterwards.
-        assert_eq!(allowance.spend(at(2000), at(3000)), at(6900));
+        // One that takes long is paid for afterwards, up to a limit.
+        assert_eq!(allowance.spend(at(2000), at(2100)), at(2400));
+        assert_eq!(allowance.spend(at(5000), at(6000)), at(8000));
+        // Also where it goes on without asking.
+        for second in 10..20 {
+            assert_eq!(allowance.spend(at(second * 1000), at(second * 1000 + 999)), at(second * 1000 + 2999));
+        }
     }
 
     proptest! {

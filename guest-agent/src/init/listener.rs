@@ -8,8 +8,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, bind, socke
 
 use super::error::InitError;
 
-/// Connections that wait for the worker. The device allows 4,095 in all.
-const BACKLOG: i32 = 1024;
+/// Connections that wait for the worker: all that the device allows.
+const BACKLOG: i32 = 4096;
 /// Bytes that the host may send ahead on each connection; accepted sockets inherit it. The kernel's
 /// default, 256 KiB, makes bulk data wait for credit.
 const BUFFER: u64 = 8 << 20;

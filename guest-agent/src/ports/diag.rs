@@ -58,8 +58,8 @@ impl Diag {
             if scope.all_tcp {
                 self.dump_one(family, Protocol::Tcp, ALL_PORTS, &mut found)?;
             }
-            for port in scope.ports() {
-                self.dump_one(family, Protocol::Tcp, port, &mut found)?;
+            for port in &scope.ports {
+                self.dump_one(family, Protocol::Tcp, *port, &mut found)?;
             }
             if scope.udp {
                 self.dump_one(family, Protocol::Udp, ALL_PORTS, &mut found)?;

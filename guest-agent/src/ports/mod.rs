@@ -1,8 +1,8 @@
 //! Which sockets listen in the guest: told to the host as it changes.
 //!
 //! ```text
-//! tracefs, sock_diag groups ──hint──► look there ──► diag (the truth) ──► tracker ──► PortsEvent
-//! slow poll ────────────────────────► look at all ──┘                   (what differs)
+//! tracefs, sock_diag groups ──hint──► agenda ──► diag (the truth) ──► tracker ──► PortsEvent
+//! slow poll ──────────────────────────┘ (when, where)               (what differs)
 //! ```
 //! The agent only reports; the host decides what it forwards. A hint names a port or a protocol (`scope.rs`), so
 //! that a look costs the same however many others listen.
@@ -10,6 +10,7 @@
 //! **Linger.** docker's proxies end with dockerd, and are there again when it is. While it is away, what has
 //! gone is not reported, for 10 s at the most: clients of the host wait instead of being refused.
 
+mod agenda;
 mod clients;
 mod diag;
 mod linger;
@@ -22,22 +23,34 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dhow_protocol::allowance::Allowance;
 use dhow_protocol::codec::{self, CONTROL_LIMIT};
+use dhow_protocol::ports::PortsEvent;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::sync::broadcast::{self, error::{RecvError, TryRecvError}};
+use tokio::sync::broadcast::{
+    self,
+    error::{RecvError, TryRecvError},
+};
 use tokio::time::Instant;
 
+use agenda::Agenda;
 use linger::Linger;
 use scope::{Hint, Scope};
-use tracker::{Next, Pace, Tracker};
+use tracker::Tracker;
 
-/// Between looks without a trigger: for what triggers miss (UDP, lost events).
+/// Between looks at everything: for what triggers miss.
 const SLOW_POLL: Duration = Duration::from_secs(5);
 /// Between looks while something lingers: the daemon's return is not a trigger.
 const LINGER_POLL: Duration = Duration::from_millis(100);
 /// Between looks where there can be no triggers.
 const FAST_POLL: Duration = Duration::from_millis(250);
 
+/// Between two looks at the least.
+const GAP: Duration = Duration::from_millis(1);
+/// Looks take one part in so many of one CPU in the long run …
+const ONE_IN: u32 = 5;
+/// … and may run so far ahead of that: whoever listens right after somebody else is not to wait.
+const BURST: Duration = Duration::from_millis(500);
 /// Hints that wait for a look; who misses some looks at everything.
 const MOST_HINTS: usize = 64;
 
@@ -92,64 +105,54 @@ impl Ports {
         let mut hints = self.hints.resubscribe();
         let mut diag = diag::Diag::open(self.own.clone()).map_err(codec::CodecError::Io)?;
         let mut tracker = Tracker::default();
-        let mut pace = Pace::new(self.poll);
+        let mut agenda = Agenda::new(self.poll, Instant::now().into_std());
+        let mut allowance = Allowance::new(ONE_IN, BURST);
         let mut linger = Linger::default();
-        let mut lingering = false;
-        let mut scope = Scope::all();
+        let mut triggered = true;
         loop {
             let began = Instant::now();
-            let found = diag.dump(&scope);
-            // A dump may be interrupted or overrun; a look at everything tells then.
-            let failed = found.is_err();
-            let mut open = true;
-            match found {
+            let scope = agenda.take(began.into_std());
+            match diag.dump(&scope) {
                 Ok(mut sockets) => {
-                    let asked = scope.clone();
-                    open = scope.settle(&sockets);
-                    lingering = linger.holds(tracker.misses(&asked, &sockets), &self.away);
-                    if lingering {
+                    if linger.holds(tracker.misses(&scope, &sockets), &self.away) {
                         sockets.extend(tracker.known());
+                        agenda.look_within(LINGER_POLL, began.into_std());
                     }
-                    if let Some(event) = tracker.update(&asked, sockets) {
+                    let event = tracker.update(&scope, sockets);
+                    if let Some(PortsEvent::Changed { added, .. }) = &event {
+                        agenda.found(added);
+                    }
+                    if let Some(event) = event {
                         codec::write_frame(&mut writer, &event, CONTROL_LIMIT).await?;
                     }
                 }
-                Err(error) => tracing::warn!(%error, "listening sockets cannot be listed"),
-            }
-            let looked = Instant::now();
-            let earliest = pace.earliest(began.into_std(), looked.into_std()).into();
-            let (rest, next) = pace.after_look(open);
-            let rest = looked + if lingering { LINGER_POLL } else { rest };
-            let whole = failed || lingering || next == Next::Poll;
-            tokio::select! {
-                () = tokio::time::sleep_until(rest) => {
-                    if whole {
-                        scope = Scope::all();
-                    }
+                // A dump may be interrupted or overrun; the next look tells.
+                Err(error) => {
+                    tracing::warn!(%error, "listening sockets cannot be listed");
+                    agenda.look_within(LINGER_POLL, began.into_std());
                 }
-                hint = hints.recv() => {
-                    if hint == Err(RecvError::Closed) {
-                        // The trigger is gone for good; the poll goes on.
-                        scope = Scope::all();
-                        tokio::time::sleep_until(rest).await;
-                        continue;
+            }
+            let ended = Instant::now();
+            let paid = allowance.spend(began.into_std(), ended.into_std());
+            let earliest = Instant::from_std(paid).max(ended + GAP);
+            let next = Instant::from_std(agenda.next()).max(earliest);
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                hint = hints.recv(), if triggered => {
+                    triggered = hint != Err(RecvError::Closed);
+                    if triggered {
+                        agenda.add(hint.unwrap_or(Hint::Any), Instant::now().into_std());
+                    } else {
+                        agenda.poll_every(FAST_POLL, Instant::now().into_std());
                     }
-                    scope = match (failed || lingering, next) {
-                        (true, _) => Scope::all(),
-                        // What is not settled is looked at as well.
-                        (false, Next::Settle) => scope,
-                        (false, Next::Poll) => Scope::default(),
-                    };
-                    scope.add(hint.unwrap_or(Hint::Any));
-                    pace.triggered();
                     tokio::time::sleep_until(earliest).await;
-                    loop {
-                        match hints.try_recv() {
-                            Ok(hint) => scope.add(hint),
-                            Err(TryRecvError::Lagged(_)) => scope.add(Hint::Any),
-                            Err(TryRecvError::Empty | TryRecvError::Closed) => break,
-                        }
-                    }
+                }
+            }
+            loop {
+                match hints.try_recv() {
+                    Ok(hint) => agenda.add(hint, Instant::now().into_std()),
+                    Err(TryRecvError::Lagged(_)) => agenda.add(Hint::Any, Instant::now().into_std()),
+                    Err(TryRecvError::Empty | TryRecvError::Closed) => break,
                 }
             }
         }

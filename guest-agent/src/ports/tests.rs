@@ -1,7 +1,7 @@
 //! The report against this machine's real sockets.
 
 use super::*;
-use dhow_protocol::ports::{Listener, PortsEvent, Protocol};
+use dhow_protocol::ports::{Listener, Protocol};
 use std::collections::BTreeSet;
 use tokio::io::DuplexStream;
 use tokio::time::timeout;
@@ -68,12 +68,8 @@ async fn listeners_come_and_go(ports: Arc<Ports>, limit: Duration) {
 #[tokio::test]
 async fn with_polling_alone() {
     let (_sender, hints) = broadcast::channel(MOST_HINTS);
-    let ports = Arc::new(Ports {
-        own: Vec::new(),
-        away: Box::new(|| false),
-        hints,
-        poll: Duration::from_millis(20),
-    });
+    let ports =
+        Arc::new(Ports { own: Vec::new(), away: Box::new(|| false), hints, poll: Duration::from_millis(20) });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
 }
 
@@ -89,24 +85,16 @@ async fn with_the_kernels_triggers() {
         return;
     }
     // Far below the poll: only a trigger is that fast.
-    let ports = Arc::new(Ports {
-        own: Vec::new(),
-        away: Box::new(|| false),
-        hints,
-        poll: Duration::from_secs(60),
-    });
+    let ports =
+        Arc::new(Ports { own: Vec::new(), away: Box::new(|| false), hints, poll: Duration::from_secs(60) });
     listeners_come_and_go(ports, Duration::from_secs(2)).await;
 }
 
 #[tokio::test]
 async fn the_report_ends_with_the_stream() {
     let (_sender, hints) = broadcast::channel(MOST_HINTS);
-    let ports = Arc::new(Ports {
-        own: Vec::new(),
-        away: Box::new(|| false),
-        hints,
-        poll: Duration::from_secs(60),
-    });
+    let ports =
+        Arc::new(Ports { own: Vec::new(), away: Box::new(|| false), hints, poll: Duration::from_secs(60) });
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move { ports.serve(theirs).await });
     next(&mut ours).await;

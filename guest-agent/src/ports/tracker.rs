@@ -1,9 +1,7 @@
 //! From what there is to what is new: the pure part of the report. No I/O, no clock.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
-use dhow_protocol::allowance::Allowance;
 use dhow_protocol::ports::{Listener, PortsEvent};
 
 use super::scope::Scope;
@@ -56,69 +54,8 @@ impl Tracker {
     }
 }
 
-/// When to look again. A trigger may come a moment before the socket can be listed, so after one that is not borne out
-/// there are a few quick looks; bursts of triggers share them.
-#[derive(Debug)]
-pub(super) struct Pace {
-    poll: Duration,
-    /// Quick looks still to come.
-    settling: &'static [Duration],
-    allowance: Allowance,
-}
-
-/// What a look that no trigger caused is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
-    /// To ask once more for the same sockets.
-    Settle,
-    /// For what no trigger told.
-    Poll,
-}
-
-/// Between two looks at the least.
-const GAP: Duration = Duration::from_millis(1);
-/// Looks after the one that follows a trigger.
-const SETTLE: &[Duration] = &[Duration::from_millis(3), Duration::from_millis(25)];
-/// Looks take one part in so many of one CPU in the long run …
-const ONE_IN: u32 = 5;
-/// … and may run so far ahead of that: whoever listens right after somebody else is not to wait.
-const BURST: Duration = Duration::from_millis(500);
-
-impl Pace {
-    pub(super) fn new(poll: Duration) -> Self {
-        Self { poll, settling: &[], allowance: Allowance::new(ONE_IN, BURST) }
-    }
-
-    /// A trigger came.
-    pub(super) fn triggered(&mut self) {
-        self.settling = SETTLE;
-    }
-
-    /// How long after a look that no trigger interrupts the next one is due, and what for; `open`: the look has left
-    /// something to ask for again.
-    pub(super) fn after_look(&mut self, open: bool) -> (Duration, Next) {
-        if !open {
-            self.settling = &[];
-        }
-        match self.settling.split_first() {
-            Some((next, rest)) => {
-                self.settling = rest;
-                (*next, Next::Settle)
-            }
-            None => (self.poll, Next::Poll),
-        }
-    }
-
-    /// When there may be another look after one that a trigger caused, at the earliest: a storm of triggers costs a
-    /// fifth of one CPU at the most.
-    pub(super) fn earliest(&mut self, began: Instant, ended: Instant) -> Instant {
-        self.allowance.spend(began, ended).max(ended + GAP)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::scope::Hint;
     use super::*;
     use dhow_protocol::ports::Protocol;
     use proptest::prelude::*;
@@ -171,28 +108,10 @@ mod tests {
         tracker.update(&Scope::all(), [first]);
         // All of them sort before it.
         let flood: Vec<_> = (1..=10_000).map(listener).chain([first]).collect();
-        let Some(PortsEvent::Changed { added, removed }) = tracker.update(&Scope::all(), flood) else { panic!() };
+        let Some(PortsEvent::Changed { added, removed }) = tracker.update(&Scope::all(), flood) else {
+            panic!()
+        };
         assert_eq!((added.len(), removed.len()), (MAX_LISTENERS - 1, 0));
-    }
-
-    #[test]
-    fn after_a_trigger_a_few_quick_looks_and_then_rest() {
-        let (poll, ms) = (Duration::from_secs(5), Duration::from_millis);
-        let mut pace = Pace::new(poll);
-        assert_eq!(pace.after_look(true), (poll, Next::Poll));
-        pace.triggered();
-        assert_eq!(
-            [true; 3].map(|open| pace.after_look(open)),
-            [(ms(3), Next::Settle), (ms(25), Next::Settle), (poll, Next::Poll)]
-        );
-        pace.triggered();
-        assert_eq!(
-            [true, false, true].map(|open| pace.after_look(open)),
-            [(ms(3), Next::Settle), (poll, Next::Poll), (poll, Next::Poll)]
-        );
-        let now = Instant::now();
-        assert_eq!(pace.earliest(now, now + ms(10)), now + ms(10) + GAP);
-        assert!(pace.earliest(now, now + ms(200)) > now + ms(400), "a storm waits");
     }
 
     #[test]
@@ -200,8 +119,8 @@ mod tests {
         let mut tracker = Tracker::default();
         tracker.update(&Scope::all(), [1, 2].map(listener));
         let mut scope = Scope::default();
-        scope.add(Hint::Gone(2));
-        scope.add(Hint::Listens(3));
+        scope.add_port(2);
+        scope.add_port(3);
         assert!(tracker.misses(&scope, &[]) && !tracker.misses(&scope, &[listener(2)]));
         let event = tracker.update(&scope, [listener(3)]);
         let (added, removed) = (vec![listener(3)], vec![listener(2)]);

@@ -91,10 +91,11 @@ fn run(mut trace: &File, mut gone: Gone, hints: &broadcast::Sender<Hint>) -> io:
 /// may mean everything.
 fn hint_of(line: &[u8]) -> Hint {
     let Ok(line) = std::str::from_utf8(line) else { return Hint::Any };
-    if BINDS.iter().any(|event| line.contains(event)) {
-        return Hint::Udp;
+    // This one first: it is longer than a task's name, which is in the line as well and may be anything.
+    let mut words = line.split_ascii_whitespace().skip_while(|word| *word != SET_STATE).peekable();
+    if words.peek().is_none() {
+        return if BINDS.iter().any(|event| line.contains(event)) { Hint::Udp } else { Hint::Any };
     }
-    let mut words = line.split_ascii_whitespace().skip_while(|word| *word != SET_STATE);
     let port = words.find_map(|word| word.strip_prefix("sport=")).and_then(|port| port.parse().ok());
     match (port, words.find_map(|word| word.strip_prefix("newstate="))) {
         // Not bound yet: it gets its port a moment later.
@@ -197,6 +198,7 @@ mod tests {
              dig-8 [000] ..... 9.6: bind4: (udp_v4_get_port+0x4/0xd0) port=5353\n\
              dig-8 [000] ..... 9.6: bind6: (udp_v6_get_port+0x4/0x170) port=5354\n\
              dig-8 [000] ..... 9.6: sys_bind -> 0x0\n\
+             a bind4: b-9 [000] 9.7: {state} sport=81 dport=0 oldstate=TCP_CLOSE newstate=TCP_LISTEN\n\
              CPU:1 [LOST 12 EVENTS]\n"
         );
         let wanted = [
@@ -207,6 +209,7 @@ mod tests {
             Hint::Udp,
             Hint::Udp,
             Hint::Udp,
+            Hint::Listens(81),
             Hint::Any,
         ];
         // However the reads cut it.

@@ -29,6 +29,9 @@ pub use services::{HostServices, serve_host};
 pub use table::Forwards;
 pub use unix::serve_unix;
 
+/// Streams that are being opened at once, for each address or socket of the host.
+const MAX_OPENING: usize = 128;
+
 /// A way into the guest: opens a stream and makes a socket its host end.
 pub trait Opener: Clone + Send + Sync + 'static {
     /// Opens a stream with `header`, waits for the guest's consent, and attaches `fd`, from which on

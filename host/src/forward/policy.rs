@@ -55,7 +55,9 @@ pub enum Decision {
     /// Bind these host addresses; none where it has all that it gets. They are on the loopback unless a rule
     /// says otherwise.
     Bind(Vec<HostEnd>),
-    /// Bind none; the reason is a sentence for a person.
+    /// Bind none now: somebody else has what it would get, who may leave. The reason is a sentence for a person.
+    Wait(String),
+    /// Bind none; likewise.
     Refuse(String),
 }
 
@@ -105,10 +107,10 @@ impl Policy {
                 (end.address.port(), holders.next().map(|(_, holder)| endpoint(holder).to_string()))
             });
             let holder = holder.unwrap_or_else(|| "something".to_owned());
-            return Decision::Refuse(format!("port {port} leads to {holder} of the guest already"));
+            return Decision::Wait(format!("port {port} leads to {holder} of the guest already"));
         }
         if taken.len() + free.len() > self.limit {
-            return Decision::Refuse(format!("there are {} forwards already, the most allowed", taken.len()));
+            return Decision::Wait(format!("there are {} forwards already, the most allowed", taken.len()));
         }
         Decision::Bind(free)
     }

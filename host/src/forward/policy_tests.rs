@@ -57,7 +57,7 @@ fn both_wildcards_share_a_port_and_udp_has_its_own() {
     let taken = BTreeMap::from([(end("127.0.0.1:8080"), v4)]);
     assert_eq!(policy().decide(&v6, &taken), bound(&["[::1]:8080"]));
     assert_eq!(policy().decide(&v4, &taken), bound(&[]));
-    assert!(matches!(policy().decide(&listener("10.0.0.1:8080"), &taken), Decision::Refuse(why)
+    assert!(matches!(policy().decide(&listener("10.0.0.1:8080"), &taken), Decision::Wait(why)
         if why == "port 8080 leads to 127.0.0.1:8080 of the guest already"));
     let udp = Listener { protocol: Protocol::Udp, ..v4 };
     let udp_end = HostEnd { protocol: Protocol::Udp, ..end("127.0.0.1:8080") };
@@ -108,8 +108,8 @@ fn a_wildcard_of_the_host_leaves_the_loopback_to_nobody_else() {
     let policy = ruled(vec![rule("0.0.0.0:8080", to(Some("0.0.0.0"), 8080))]);
     let (v4, v6) = (listener("0.0.0.0:8080"), listener("[::]:8080"));
     let taken = BTreeMap::from([(end("0.0.0.0:8080"), v4)]);
-    assert!(matches!(policy.decide(&v6, &taken), Decision::Refuse(why) if why.contains("leads to")));
-    assert!(matches!(policy.decide(&listener("127.0.0.1:8080"), &taken), Decision::Refuse(_)));
+    assert!(matches!(policy.decide(&v6, &taken), Decision::Wait(why) if why.contains("leads to")));
+    assert!(matches!(policy.decide(&listener("127.0.0.1:8080"), &taken), Decision::Wait(_)));
     assert_eq!(policy.decide(&listener("[::1]:8080"), &taken), bound(&["[::1]:8080"]));
 }
 

@@ -39,7 +39,8 @@ const RETRY: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct Forwards {
     table: Mutex<Table>,
-    reports: watch::Sender<Vec<ForwardReport>>,
+    /// Counts changes.
+    changes: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -50,13 +51,42 @@ struct Table {
     /// Host addresses that are bound.
     bound: BTreeMap<HostEnd, Bound>,
     /// Why the others have none.
-    refused: BTreeMap<Listener, String>,
+    refused: BTreeMap<Listener, Refusal>,
     /// Sockets that outlive this process.
     kept: Kept,
     /// Attempts since something on the host stood in the way, whose going is not told; 0 where nothing does.
     retries: u32,
     /// For the clients of all UDP forwards.
     udp: udp::Budget,
+}
+
+/// Why a listener has no host address.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    /// A sentence for a person.
+    why: String,
+    until: Until,
+}
+
+/// How long a refusal holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// The policy changes.
+    Ever,
+    /// Another forward ends.
+    Released,
+    /// Something on the host leaves, of which nobody tells.
+    Tried,
+}
+
+/// Of which listeners is to be decided.
+#[derive(Debug)]
+enum Open {
+    All,
+    /// These are new.
+    Added(Vec<Listener>),
+    /// Those that something on the host stands in the way of.
+    Waiting,
 }
 
 /// A bound host address; the socket is closed when this is dropped. Its connections live on.
@@ -85,10 +115,10 @@ impl Forwards {
             retries: 0,
             udp: udp::Budget::default(),
         };
-        Arc::new(Self { table: Mutex::new(table), reports: watch::Sender::new(Vec::new()) })
+        Arc::new(Self { table: Mutex::new(table), changes: watch::Sender::new(0) })
     }
 
-    /// Has `policy` decide from the next event on: a profile's rules are known after the sockets of an
+    /// Has `policy` decide of all that is reported when a stream begins: a profile's rules are known after the sockets of an
     /// earlier supervisor were taken over.
     pub fn follow(&self, policy: Policy) {
         self.table().policy = policy;
@@ -97,13 +127,14 @@ impl Forwards {
     /// What the guest listens on, and what became of it.
     #[must_use]
     pub fn reports(&self) -> Vec<ForwardReport> {
-        self.reports.borrow().clone()
+        let table = self.table();
+        reports(&table.bound, &table.refused)
     }
 
-    /// The reports as they change.
+    /// Hears when the reports have changed.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<Vec<ForwardReport>> {
-        self.reports.subscribe()
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// Ends all forwards: the VM is gone. Connections end by themselves.
@@ -117,7 +148,11 @@ impl Forwards {
         table.refused.clear();
         table.retries = 0;
         drop(table);
-        self.reports.send_replace(Vec::new());
+        self.tell();
+    }
+
+    fn tell(&self) {
+        self.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
     }
 
     /// Follows a `Ports` stream until it ends; what is bound stays.
@@ -130,16 +165,22 @@ impl Forwards {
         O: Opener,
     {
         let mut allowance = Allowance::new(ONE_IN, BURST);
+        // The next attempt, of which number; events do not put it off.
+        let mut attempt: Option<(u32, Instant)> = None;
         loop {
             let frame = codec::read_frame::<PortsEvent, _>(stream, CONTROL_LIMIT);
             tokio::pin!(frame);
             let event = loop {
                 let retries = self.table().retries;
-                // Each is four times as long as the one before; after eight it has long been the longest.
-                let pause = FIRST_RETRY.saturating_mul(1 << (2 * retries.min(8))).min(RETRY);
+                if attempt.is_none_or(|(number, _)| number != retries) {
+                    // Each is four times as long as the one before; after eight it has long been the longest.
+                    let pause = FIRST_RETRY.saturating_mul(1 << (2 * retries.min(8))).min(RETRY);
+                    attempt = (retries > 0).then(|| (retries, Instant::now() + pause));
+                }
+                let due = attempt.map(|(_, at)| at);
                 tokio::select! {
                     event = &mut frame => break event?,
-                    () = tokio::time::sleep(pause), if retries > 0 => self.settle(opener),
+                    () = until(due) => self.settle(Open::Waiting, opener),
                 }
             };
             let Some(event) = event else { return Ok(()) };
@@ -154,17 +195,22 @@ impl Forwards {
     /// Takes an event of the guest.
     fn apply<O: Opener>(&self, event: PortsEvent, opener: &O) {
         let whole = matches!(event, PortsEvent::All(_));
-        {
+        let open = {
             let mut table = self.table();
-            let listeners = &mut table.listeners;
+            let Table { policy, listeners, refused, .. } = &mut *table;
             let added = match event {
                 PortsEvent::All(all) => {
                     listeners.clear();
+                    refused.clear();
                     all
                 }
                 PortsEvent::Changed { added, removed } => {
+                    let statics: BTreeSet<Listener> = policy.statics().collect();
                     for gone in &removed {
                         listeners.remove(gone);
+                        if !statics.contains(gone) {
+                            refused.remove(gone);
+                        }
                     }
                     added
                 }
@@ -173,16 +219,19 @@ impl Forwards {
             if added.len() > room {
                 tracing::warn!(reported = added.len(), room, "the guest listens on too much: rest ignored");
             }
-            listeners.extend(added.into_iter().take(room));
-        }
-        self.settle(opener);
+            let added: Vec<_> = added.into_iter().take(room).collect();
+            listeners.extend(&added);
+            if whole { Open::All } else { Open::Added(added) }
+        };
+        self.settle(open, opener);
         if whole {
             self.table().kept.release_inherited();
         }
     }
 
-    /// Brings the host's sockets in line with the listeners, and tells.
-    fn settle<O: Opener>(&self, opener: &O) {
+    /// Brings the host's sockets in line with the listeners, and tells. What is refused for good stays so, and what has
+    /// to wait is looked at again only when somebody has left: an event of one listener beside thousands costs little.
+    fn settle<O: Opener>(&self, open: Open, opener: &O) {
         let mut table = self.table();
         let Table { policy, listeners, bound, refused, kept, retries, udp } = &mut *table;
         let statics: BTreeSet<Listener> = policy.statics().collect();
@@ -195,16 +244,38 @@ impl Forwards {
             }
             wanted
         });
-        // Static ones first: what the guest does cannot take their place.
-        let wanted: Vec<Listener> = statics.iter().chain(listeners.difference(&statics)).copied().collect();
-        refused.clear();
-        let mut taken_by_others = false;
+        let waiting = |refused: &BTreeMap<Listener, Refusal>| -> Vec<Listener> {
+            let due = |refusal: &Refusal| match refusal.until {
+                Until::Ever => false,
+                Until::Released => released,
+                Until::Tried => true,
+            };
+            refused.iter().filter(|(_, refusal)| due(refusal)).map(|(guest, _)| *guest).collect()
+        };
+        let tried = matches!(open, Open::Waiting);
+        let wanted: Vec<Listener> = match open {
+            // Static ones first: what the guest does cannot take their place.
+            Open::All => statics.iter().chain(listeners.difference(&statics)).copied().collect(),
+            // Who has a part of what it wants, or has waited, comes first.
+            Open::Added(added) if released => {
+                let partly: BTreeSet<Listener> = bound.values().map(|bound| bound.guest).collect();
+                partly.into_iter().chain(waiting(refused)).chain(added).collect()
+            }
+            Open::Added(added) => added,
+            Open::Waiting => waiting(refused),
+        };
         let mut taken: BTreeMap<HostEnd, Listener> =
             bound.iter().map(|(end, bound)| (*end, bound.guest)).collect();
         for guest in wanted {
+            refused.remove(&guest);
+            let mut refuse = |why, until| _ = refused.insert(guest, Refusal { why, until });
             let ends = match policy.decide(&guest, &taken) {
                 Decision::Refuse(why) => {
-                    refused.insert(guest, why);
+                    refuse(why, Until::Ever);
+                    continue;
+                }
+                Decision::Wait(why) => {
+                    refuse(why, Until::Released);
                     continue;
                 }
                 Decision::Bind(ends) => ends,
@@ -220,32 +291,35 @@ impl Forwards {
                         if error.kind() == io::ErrorKind::AddrNotAvailable
                             && taken.values().any(|other| *other == guest) => {}
                     Err(error) => {
-                        // An address of the host may come later, too.
-                        taken_by_others |= matches!(
-                            error.kind(),
-                            io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-                        );
-                        refused.insert(guest, sentence(end.address, &error));
+                        // An address of the host may come later, and a descriptor be free again.
+                        let lasting = error.kind() == io::ErrorKind::PermissionDenied;
+                        let until = if lasting { Until::Ever } else { Until::Tried };
+                        refuse(sentence(end.address, &error), until);
                     }
                 }
             }
         }
+        let taken_by_others = refused.values().any(|refusal| refusal.until == Until::Tried);
         *retries = match (taken_by_others, released) {
             (false, _) => 0,
             (true, true) => 1,
-            (true, false) => retries.saturating_add(1),
+            (true, false) if tried => retries.saturating_add(1),
+            (true, false) => (*retries).max(1),
         };
-        let reports = reports(bound, refused);
         drop(table);
-        self.reports.send_if_modified(|known| {
-            let differs = *known != reports;
-            *known = reports;
-            differs
-        });
+        self.tell();
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for that moment; for ever where there is none.
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -266,15 +340,15 @@ fn serve<O: Opener>(
     })
 }
 
-fn reports(bound: &BTreeMap<HostEnd, Bound>, refused: &BTreeMap<Listener, String>) -> Vec<ForwardReport> {
+fn reports(bound: &BTreeMap<HostEnd, Bound>, refused: &BTreeMap<Listener, Refusal>) -> Vec<ForwardReport> {
     let mut reports: Vec<_> = bound
         .iter()
         .map(|(end, bound)| ForwardReport { guest: bound.guest, host: Some(end.address), reason: None })
         .collect();
-    reports.extend(refused.iter().map(|(guest, why)| ForwardReport {
+    reports.extend(refused.iter().map(|(guest, refusal)| ForwardReport {
         guest: *guest,
         host: None,
-        reason: Some(why.clone()),
+        reason: Some(refusal.why.clone()),
     }));
     reports.sort_by_key(|report| (report.guest.port, report.guest, report.host));
     reports

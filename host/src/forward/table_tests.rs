@@ -105,7 +105,7 @@ async fn a_port_in_use_is_reported_and_taken_when_it_is_free() {
     assert!(report.reason.as_ref().unwrap().contains("in use on the host"));
     assert_eq!(forwards.table().retries, 1);
     drop(other);
-    forwards.settle(&opener);
+    forwards.settle(Open::Waiting, &opener);
     assert_eq!(forwards.reports()[0].host, Some(([127, 0, 0, 1], port).into()));
 }
 
@@ -137,7 +137,8 @@ async fn a_stream_is_followed_and_its_end_leaves_the_forwards() {
     let first = PortsEvent::All(vec![listener("0.0.0.0", port), listener("0.0.0.0", 22)]);
     codec::write_frame(&mut ours, &first, CONTROL_LIMIT).await.unwrap();
     changes.changed().await.unwrap();
-    assert_eq!(changes.borrow_and_update().len(), 2);
+    assert_eq!(forwards.reports().len(), 2);
+    changes.mark_unchanged();
     let second = PortsEvent::Changed { added: vec![listener("127.0.0.1", other)], removed: vec![] };
     codec::write_frame(&mut ours, &second, CONTROL_LIMIT).await.unwrap();
     changes.changed().await.unwrap();
@@ -146,6 +147,64 @@ async fn a_stream_is_followed_and_its_end_leaves_the_forwards() {
     TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     forwards.clear();
     assert_eq!(forwards.reports(), []);
+}
+
+#[tokio::test]
+async fn who_waits_has_a_turn_when_another_leaves() {
+    let (opener, _headers) = guest(false);
+    let forwards = forwards();
+    let (port, late) = (free_port(), free_port());
+    let [first, second, both] =
+        [listener("127.0.0.1", port), listener("127.0.0.2", port), listener("::", late)];
+    let changed = |added: &[Listener], removed: &[Listener]| PortsEvent::Changed {
+        added: added.to_vec(),
+        removed: removed.to_vec(),
+    };
+    let host_of = |forwards: &Forwards, guest: Listener| {
+        let all = forwards.reports();
+        all.iter().filter(|report| report.guest == guest).filter_map(|report| report.host).collect::<Vec<_>>()
+    };
+    forwards.apply(PortsEvent::All(vec![first]), &opener);
+    forwards.apply(changed(&[second], &[]), &opener);
+    assert_eq!(host_of(&forwards, second), []);
+    // One that has nothing to do with it changes nothing, and one that leaves is forgotten.
+    forwards.apply(changed(&[listener("127.0.0.1", 22)], &[]), &opener);
+    assert_eq!(forwards.reports().len(), 3);
+    forwards.apply(changed(&[], &[listener("127.0.0.1", 22)]), &opener);
+    assert_eq!(forwards.reports().len(), 2);
+    forwards.apply(changed(&[], &[first]), &opener);
+    // The accepting task is aborted, its socket closed as soon as the runtime gets to it.
+    tokio::task::yield_now().await;
+    forwards.settle(Open::Waiting, &opener);
+    assert_eq!(host_of(&forwards, second), [([127, 0, 0, 1], port).into()]);
+    // So has one that has a part of what it wants.
+    let v4 = listener("127.0.0.1", late);
+    forwards.apply(changed(&[v4], &[]), &opener);
+    forwards.apply(changed(&[both], &[]), &opener);
+    assert_eq!(host_of(&forwards, both).len(), 1);
+    forwards.apply(changed(&[], &[v4]), &opener);
+    tokio::task::yield_now().await;
+    forwards.settle(Open::Waiting, &opener);
+    assert_eq!(host_of(&forwards, both).len(), 2);
+}
+
+#[tokio::test]
+async fn a_static_forward_is_not_forgotten_with_a_listener() {
+    let (opener, _headers) = guest(false);
+    let forwards = forwards();
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port();
+    let action = Action::Forward { address: None, first_port: port, always: true };
+    let rule = Rule { protocol: None, address: None, ports: PortRange { first: port, last: port }, action };
+    let fixed = rule.statics().next().unwrap();
+    forwards.follow(Policy { rules: vec![rule], ..policy() });
+    forwards.apply(PortsEvent::All(vec![fixed]), &opener);
+    forwards.apply(PortsEvent::Changed { added: vec![], removed: vec![fixed] }, &opener);
+    assert!(forwards.reports()[0].reason.is_some());
+    assert!(forwards.table().retries > 0);
+    drop(other);
+    forwards.settle(Open::Waiting, &opener);
+    assert!(forwards.reports()[0].host.is_some());
 }
 
 #[tokio::test]

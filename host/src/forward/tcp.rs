@@ -10,11 +10,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use super::Opener;
 use super::policy::endpoint;
-
-/// Streams that are being opened at once, for each host address.
-const MAX_OPENING: usize = 128;
+use super::{MAX_OPENING, Opener};
 
 /// Serves `listener` for ever: drop or abort the future to end it.
 pub(super) async fn accept<O: Opener>(listener: TcpListener, guest: Listener, opener: O) {

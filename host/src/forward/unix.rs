@@ -1,16 +1,21 @@
 //! A unix socket of the host that leads to one of the guest: docker.sock.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use dhow_protocol::stream::StreamHeader;
 use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
 
-use super::Opener;
+use super::{MAX_OPENING, Opener};
 
 /// Accepts on `listener` and hands each connection over to the guest's socket at `guest_path`, for
 /// ever: drop or abort the future to end it. Where the guest refuses, the connection is closed.
 pub async fn serve_unix<O: Opener>(listener: UnixListener, guest_path: String, opener: O) {
+    let opening = Arc::new(Semaphore::new(MAX_OPENING));
     loop {
+        // The permit comes first: who cannot be served yet waits in the kernel's queue.
+        let Ok(permit) = Arc::clone(&opening).acquire_owned().await else { return };
         let client = match listener.accept().await {
             Ok((client, _)) => client.into_std(),
             Err(error) => Err(error),
@@ -29,6 +34,7 @@ pub async fn serve_unix<O: Opener>(listener: UnixListener, guest_path: String, o
             if let Err(error) = opener.open(StreamHeader::Unix { path: path.clone() }, client.into()).await {
                 tracing::debug!(%error, path, "a connection to a guest's socket was refused");
             }
+            drop(permit);
         });
     }
 }

@@ -104,15 +104,18 @@ impl Opener {
         deadline: Duration,
     ) -> Result<PendingStream, TransportError> {
         let end = Instant::now() + deadline;
+        let left = || end.saturating_duration_since(Instant::now());
         while let Some(spare) = self.spares.take() {
-            match spare.exchange(preamble.clone(), REPLY_LEN, deadline).await {
+            match spare.exchange(preamble.clone(), REPLY_LEN, left()).await {
+                Ok(pending) => return Ok(pending),
                 Err(TransportError::Deadline(_)) => return Err(TransportError::Deadline(deadline)),
+                // The device is silent: another spare would wait as long again.
+                Err(error) if left().is_zero() => return Err(error),
                 // It has died since, with the worker or the device that it led to.
                 Err(error) => tracing::debug!(%error, "a stream that was opened ahead is of no use"),
-                Ok(pending) => return Ok(pending),
             }
         }
-        let deadline = end.saturating_duration_since(Instant::now());
+        let deadline = left();
         client.open(OpenRequest { guest_port: AGENT_PORT, preamble, reply_len: REPLY_LEN, deadline }).await
     }
 
@@ -237,6 +240,7 @@ mod tests {
     use dhow_protocol::hello::HELLO_LEN;
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
+    use super::super::spares;
     use super::*;
     use crate::vsock::device::control::{FromDevice, Reason, ToDevice};
 
@@ -247,26 +251,86 @@ mod tests {
             .unwrap()
     }
 
-    /// A device and an agent that consents to one stream and refuses others; returns when the client is gone.
-    fn consent(socket: &OwnedFd, secret: &Secret) {
+    /// What becomes of the streams that were opened ahead.
+    #[derive(Clone, Copy)]
+    enum Ahead {
+        Refused,
+        Dead,
+        Silent,
+    }
+
+    /// A device and an agent that consents to streams that are opened for something; returns how many exchanges it was
+    /// asked for, when the client is gone.
+    fn consent(socket: &OwnedFd, secret: &Secret, ahead: Ahead) -> usize {
         let mut bytes = vec![0; 64 << 10];
-        let (_, length) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
-        let request = ToDevice::decode(&bytes[..length]).unwrap();
-        let ToDevice::Open { id, preamble, .. } = request else { panic!("{request:?}") };
-        let hello = Hello::parse(preamble[..HELLO_LEN].try_into().unwrap()).unwrap();
-        let reply = HelloReply::ok().to_bytes(secret, &hello.nonce()).to_vec();
-        let answer = FromDevice::Opened { id, reply }.encode();
-        rustix::net::send(socket, &answer, SendFlags::NOSIGNAL).unwrap();
+        let mut exchanges = 0;
         loop {
             let (_, length) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty()).unwrap();
             if length == 0 {
-                return;
+                return exchanges;
             }
-            if let Ok(ToDevice::Open { id, .. }) = ToDevice::decode(&bytes[..length]) {
-                let failed = FromDevice::Failed { id, reason: Reason::Refused }.encode();
-                rustix::net::send(socket, &failed, SendFlags::NOSIGNAL).unwrap();
-            }
+            let answer = match (ToDevice::decode(&bytes[..length]).unwrap(), ahead) {
+                (ToDevice::Open { id, preamble, .. }, _) if !preamble.is_empty() => {
+                    let hello = Hello::parse(preamble[..HELLO_LEN].try_into().unwrap()).unwrap();
+                    let reply = HelloReply::ok().to_bytes(secret, &hello.nonce()).to_vec();
+                    FromDevice::Opened { id, reply }
+                }
+                (ToDevice::Open { id, .. }, Ahead::Refused) => {
+                    FromDevice::Failed { id, reason: Reason::Refused }
+                }
+                (ToDevice::Open { id, .. }, _) => FromDevice::Opened { id, reply: Vec::new() },
+                (ToDevice::Exchange { id, .. }, Ahead::Dead) => {
+                    exchanges += 1;
+                    FromDevice::Failed { id, reason: Reason::Unknown }
+                }
+                (ToDevice::Exchange { .. }, _) => {
+                    exchanges += 1;
+                    continue;
+                }
+                _ => continue,
+            };
+            // The client may be gone.
+            let _ = rustix::net::send(socket, &answer.encode(), SendFlags::NOSIGNAL);
         }
+    }
+
+    /// An opener that has opened something, whose device is served until it is dropped.
+    async fn opened(ahead: Ahead) -> (Opener, std::thread::JoinHandle<usize>) {
+        let secret = Secret([7; 32]);
+        let (ours, theirs) = pair();
+        let (_devices, device) = watch::channel(Some(DeviceClient::new(ours).unwrap()));
+        let opener = Opener::new(device, secret.clone());
+        let serving = std::thread::spawn(move || consent(&theirs, &secret, ahead));
+        opener.open(&StreamHeader::Dns, DEADLINE).await.unwrap();
+        (opener, serving)
+    }
+
+    async fn all_spares(opener: &Opener) {
+        while opener.spares.ready() < spares::SPARES {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn streams_that_died_ahead_of_their_use_cost_nothing_but_themselves() {
+        let (opener, serving) = opened(Ahead::Dead).await;
+        all_spares(&opener).await;
+        opener.open(&StreamHeader::Dns, DEADLINE).await.unwrap();
+        all_spares(&opener).await;
+        drop(opener);
+        let exchanges = tokio::task::spawn_blocking(move || serving.join().unwrap()).await.unwrap();
+        assert_eq!(exchanges, spares::SPARES);
+    }
+
+    #[tokio::test]
+    async fn a_silent_device_is_waited_for_once() {
+        let (opener, serving) = opened(Ahead::Silent).await;
+        all_spares(&opener).await;
+        let error = opener.open(&StreamHeader::Dns, Duration::from_millis(10)).await.unwrap_err();
+        assert!(matches!(error, OpenError::Transport(TransportError::DeviceGone)), "{error}");
+        drop(opener);
+        let exchanges = tokio::task::spawn_blocking(move || serving.join().unwrap()).await.unwrap();
+        assert_eq!(exchanges, 1);
     }
 
     #[tokio::test]
@@ -279,7 +343,7 @@ mod tests {
         drop(dead);
         let opening = tokio::spawn(async move { opener.open(&StreamHeader::Dns, DEADLINE).await.map(drop) });
         let (ours, theirs) = pair();
-        let serving = std::thread::spawn(move || consent(&theirs, &secret));
+        let serving = std::thread::spawn(move || consent(&theirs, &secret, Ahead::Refused));
         devices.send_replace(Some(DeviceClient::new(ours).unwrap()));
         opening.await.unwrap().unwrap();
         drop(devices);

@@ -175,11 +175,16 @@ async fn ports(stream: &mut UnixStream, state: &State, watch: bool) -> Served {
     let Some(forwards) = state.forwards() else {
         return reply(stream, &ApiReply::Ports(Vec::new())).await;
     };
-    let mut reports = forwards.watch();
+    let mut changes = forwards.watch();
+    let mut sent = None;
     loop {
-        let now = reports.borrow_and_update().clone();
-        reply(stream, &ApiReply::Ports(now)).await?;
-        if !watch || reports.changed().await.is_err() {
+        changes.mark_unchanged();
+        let now = forwards.reports();
+        if sent.as_ref() != Some(&now) {
+            reply(stream, &ApiReply::Ports(now.clone())).await?;
+            sent = Some(now);
+        }
+        if !watch || changes.changed().await.is_err() {
             return Ok(());
         }
     }

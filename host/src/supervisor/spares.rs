@@ -13,7 +13,7 @@ use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport};
 
 /// So many: what a browser or a docker command opens at once. The agent lets more than that wait.
-const SPARES: usize = 4;
+pub(super) const SPARES: usize = 4;
 
 /// The spares of one VM. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +56,11 @@ impl Spares {
                 }
             });
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn ready(&self) -> usize {
+        self.shelf().ready.len()
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {

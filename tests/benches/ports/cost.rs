@@ -18,11 +18,18 @@ fn seconds(stat: &str) -> f64 {
     ticks.map(|field| field.parse::<f64>().expect("a number of ticks")).sum::<f64>() / TICKS
 }
 
+/// Shell: the worker's line of /proc/PID/stat.
+const WORKER: &str = "cat /proc/$(pgrep -x -f '.*dhow-agent serve')/stat";
+
+/// The supervisor's.
+fn supervisor(vm: &Vm) -> f64 {
+    let stat = format!("/proc/{}/stat", vm.pid_of(" supervisor "));
+    seconds(&std::fs::read_to_string(&stat).expect("the supervisor's stat"))
+}
+
 /// Of worker and supervisor.
 fn spent(vm: &Vm) -> [f64; 2] {
-    let worker = vm.sh("cat /proc/$(pgrep -x -f '.*dhow-agent serve')/stat").ok();
-    let supervisor = format!("/proc/{}/stat", vm.pid_of(" supervisor "));
-    [worker, std::fs::read_to_string(&supervisor).expect("the supervisor's stat")].map(|stat| seconds(&stat))
+    [seconds(&vm.sh(WORKER).ok()), supervisor(vm)]
 }
 
 fn wait(duration: Duration) {
@@ -32,13 +39,17 @@ fn wait(duration: Duration) {
     }
 }
 
-/// Percent of a core while nothing happens. The looks themselves are an exec each, and counted.
+/// Percent of a core while nothing happens. One command in the guest looks at the worker twice, so that neither its
+/// start nor its end is counted; of the supervisor both are.
 pub fn idle(vm: &Vm) -> [(&'static str, f64); 2] {
-    let before = spent(vm);
-    wait(IDLE);
-    let after = spent(vm);
-    let percent = |at: usize| (after[at] - before[at]) / IDLE.as_secs_f64() * 100.0;
-    [("agent's worker", percent(0)), ("supervisor", percent(1))]
+    let before = supervisor(vm);
+    // A second for the start of the command to be over.
+    let script = format!("sleep 1; {WORKER}; sleep {}; {WORKER}", IDLE.as_secs());
+    let looks = vm.sh(&script).deadline(IDLE * 2).ok();
+    let after = supervisor(vm);
+    let looks: Vec<f64> = looks.lines().map(seconds).collect();
+    let percent = |spent: f64| spent / IDLE.as_secs_f64() * 100.0;
+    [("agent's worker", percent(looks[1] - looks[0])), ("supervisor", percent(after - before))]
 }
 
 /// Milliseconds of CPU of both while `work` is done.

@@ -10,6 +10,7 @@
 mod bare;
 mod connections;
 mod cost;
+mod hostile;
 mod listener;
 #[path = "../transport/ways.rs"]
 #[allow(dead_code, reason = "this bench needs fewer of the ways")]
@@ -79,6 +80,9 @@ fn measure() {
             row(&format!("new connections/s, 16 at once, {way}"), &median(rates));
             row(&format!("1,000 at once, s until all have exchanged, {way}"), &connections::crowd(address));
         }
+    }
+    if wanted("hostile") {
+        hostile::rows(vm, ways.servers[0], row);
     }
     ways.stop();
 }

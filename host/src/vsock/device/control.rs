@@ -473,12 +473,7 @@ mod tests {
             (any::<u32>(), any::<u32>()).prop_map(|(id, group)| ToDevice::Attach { id, group }),
             any::<u32>().prop_map(|id| ToDevice::Cancel { id }),
             any::<u32>().prop_map(|id| ToDevice::Stats { id }),
-            (
-                any::<u32>(),
-                0..=MAX_REPLY as u32,
-                any::<u32>(),
-                prop::collection::vec(any::<u8>(), 0..300)
-            )
+            (any::<u32>(), 0..=MAX_REPLY as u32, any::<u32>(), prop::collection::vec(any::<u8>(), 0..300))
                 .prop_map(|(id, reply_len, deadline_ms, preamble)| ToDevice::Exchange {
                     id,
                     reply_len,

@@ -196,6 +196,9 @@ impl Muxer {
             return;
         };
         if !self.has_room(group) {
+            self.make_room();
+        }
+        if !self.has_room(group) {
             // The client is to see that it is refused.
             if let Some(fd) = fd {
                 host_fd::reset(&fd);
@@ -237,8 +240,8 @@ impl Muxer {
         self.settle(index);
     }
 
-    /// Whether a group may have one more: not more than there is room for others besides. A flood of one forward so
-    /// ends with half of all connections, a second one with a third, and there is always room for somebody else.
+    /// Whether a group may have one more: not more than there is room for others besides. A flood to one place so ends
+    /// with half of all connections, and one to another place beside it with half of the rest.
     fn has_room(&self, group: u32) -> bool {
         group == 0 || self.groups.get(&group).is_none_or(|&members| members < self.free.len())
     }

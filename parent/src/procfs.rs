@@ -1,31 +1,32 @@
 //! What /proc says of a process, whosever child it is.
 
+use std::io::Read;
+
 /// proc_pid_stat(5): `pid (comm) state ppid …`, where comm may hold anything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stat {
     /// Its program's name, of which the kernel keeps 15 characters.
     pub name: String,
-    /// The fields from the third on.
-    fields: Vec<String>,
+    /// The fields from the third on, as they are written.
+    fields: String,
 }
 
 impl Stat {
     /// Of the process `pid`, unless there is none.
     #[must_use]
     pub fn read(pid: i32) -> Option<Self> {
-        Self::parse(&String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/stat")).ok()?))
+        Self::parse(&String::from_utf8_lossy(&read(pid, "stat").ok()?))
     }
 
     fn parse(text: &str) -> Option<Self> {
         let (head, tail) = text.rsplit_once(')')?;
         let (_, name) = head.split_once('(')?;
-        let fields = tail.split_ascii_whitespace().map(str::to_owned).collect();
-        Some(Self { name: name.to_owned(), fields })
+        Some(Self { name: name.to_owned(), fields: tail.to_owned() })
     }
 
     /// The field with this number of the manual page.
     fn field(&self, number: usize) -> Option<&str> {
-        self.fields.get(number.checked_sub(3)?).map(String::as_str)
+        self.fields.split_ascii_whitespace().nth(number.checked_sub(3)?)
     }
 
     /// Its parent's pid: field 4.
@@ -69,10 +70,18 @@ pub fn is_dying(pid: i32) -> bool {
     has_pending(pid, libc::SIGKILL) || Stat::read(pid).is_none_or(|stat| stat.is_over())
 }
 
+/// A small file of a process. The kernel tells no size, for which `std::fs::read` would ask in ever larger pieces.
+fn read(pid: i32, name: &str) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(4096);
+    std::fs::File::open(format!("/proc/{pid}/{name}"))?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// proc_pid_status(5): "SigPnd, ShdPnd: Mask (expressed in hexadecimal) of signals pending for thread and
 /// for process as a whole".
 fn has_pending(pid: i32, signal: i32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let status = read(pid, "status").unwrap_or_default();
+    let status = String::from_utf8_lossy(&status);
     let masks =
         status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
     masks

@@ -50,7 +50,7 @@ const GAP: Duration = Duration::from_millis(1);
 /// Looks take one part in so many of one CPU in the long run …
 const ONE_IN: u32 = 5;
 /// … and may run so far ahead of that: whoever listens right after somebody else is not to wait.
-const BURST: Duration = Duration::from_millis(500);
+const BURST: Duration = Duration::from_secs(2);
 /// Hints that wait for a look; who misses some looks at everything.
 const MOST_HINTS: usize = 64;
 

@@ -29,7 +29,7 @@ const EVENT_GAP: Duration = Duration::from_millis(1);
 /// … and takes a fifth of this thread at the most …
 const ONE_IN: u32 = 5;
 /// … once it has had so much in advance: a compose stack comes at once.
-const BURST: Duration = Duration::from_millis(500);
+const BURST: Duration = Duration::from_secs(2);
 /// Until the first further attempt at addresses that are taken: mostly by a forward that has just ended …
 const FIRST_RETRY: Duration = Duration::from_millis(15);
 /// … and between later ones: something else on the host has it.

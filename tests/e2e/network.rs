@@ -1,7 +1,7 @@
 //! The way out: names as on the host, servers of the host's network, and not the host's loopback.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -122,7 +122,8 @@ fn containers_reach_each_other(vm: &Vm) {
     vm.docker(&["network", "rm", "e2e-net"]).ok();
 }
 
-/// A name server at `address`:53 that knows one name; until dropped.
+/// A name server at `address`:53 that knows two names, one of which has so many addresses that it tells them over TCP
+/// only; until dropped.
 struct NameServer {
     address: Ipv4Addr,
     end: Arc<AtomicBool>,
@@ -131,6 +132,7 @@ struct NameServer {
 impl NameServer {
     fn at(address: Ipv4Addr, answer: Ipv4Addr) -> std::io::Result<Self> {
         let socket = UdpSocket::bind((address, 53))?;
+        let listener = TcpListener::bind((address, 53))?;
         let end = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&end);
         std::thread::spawn(move || {
@@ -139,7 +141,17 @@ impl NameServer {
                 if ended.load(Ordering::Relaxed) {
                     return;
                 }
-                let _ = socket.send_to(&name_answer(&query[..length], answer), client);
+                let _ = socket.send_to(&name_answer(&query[..length], answer, false), client);
+            }
+        });
+        let ended = Arc::clone(&end);
+        std::thread::spawn(move || {
+            for mut client in listener.incoming().flatten() {
+                if ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                // A client may leave in its middle.
+                let _ = answer_over_tcp(&mut client, answer);
             }
         });
         Ok(Self { address, end })
@@ -151,29 +163,51 @@ impl Drop for NameServer {
         self.end.store(true, Ordering::Relaxed);
         let wake = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
             .and_then(|socket| socket.send_to(&[0], (self.address, 53)));
-        drop(wake);
+        let _ = (wake, TcpStream::connect((self.address, 53)));
     }
 }
 
-/// RFC 1035, 4.1: the query with one answer for `vpn.corp.test`, or with NXDOMAIN. An additional section
-/// (EDNS) is cut off.
-fn name_answer(query: &[u8], address: Ipv4Addr) -> Vec<u8> {
-    let name = b"\x03vpn\x04corp\x04test\x00";
+/// RFC 1035, 4.2.2: messages with their lengths in front.
+fn answer_over_tcp(client: &mut TcpStream, address: Ipv4Addr) -> std::io::Result<()> {
+    let mut length = [0; 2];
+    client.read_exact(&mut length)?;
+    let mut query = vec![0; u16::from_be_bytes(length).into()];
+    client.read_exact(&mut query)?;
+    let answer = name_answer(&query, address, true);
+    let length = u16::try_from(answer.len()).expect("a short answer");
+    client.write_all(&[&length.to_be_bytes()[..], &answer].concat())
+}
+
+/// Addresses of the name that has many: more than fit 512 bytes.
+const MANY: u8 = 60;
+
+/// RFC 1035, 4.1: the query with the answer for `vpn.corp.test` or `many.corp.test`, or with NXDOMAIN. An additional
+/// section (EDNS) is cut off.
+fn name_answer(query: &[u8], address: Ipv4Addr, over_tcp: bool) -> Vec<u8> {
     let Some(end) =
         query.get(12..).and_then(|rest| rest.iter().position(|byte| *byte == 0)).map(|at| 12 + at + 5)
     else {
         return Vec::new();
     };
     let Some(question) = query.get(12..end) else { return Vec::new() };
-    let known = question.starts_with(name);
-    let is_a = question.ends_with(&[0, 1, 0, 1]);
+    let known = if question.starts_with(b"\x03vpn\x04corp\x04test\x00") {
+        1
+    } else if question.starts_with(b"\x04many\x04corp\x04test\x00") {
+        MANY
+    } else {
+        0
+    };
+    let count = if question.ends_with(&[0, 1, 0, 1]) { known } else { 0 };
+    // "TrunCation - specifies that this message was truncated".
+    let cut = count == MANY && !over_tcp;
+    let count = if cut { 0 } else { count };
     let mut answer = query[..2].to_vec();
-    let count = u8::from(known && is_a);
-    answer.extend([0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, count, 0, 0, 0, 0]);
+    answer.extend([0x81 | if cut { 2 } else { 0 }, if known > 0 { 0x80 } else { 0x83 }]);
+    answer.extend([0, 1, 0, count, 0, 0, 0, 0]);
     answer.extend(question);
-    if count == 1 {
-        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4]);
-        answer.extend(address.octets());
+    for number in 0..count {
+        let [a, b, c, d] = address.octets();
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 5, 0, 4, a, b, c, d + number]);
     }
     answer
 }
@@ -209,6 +243,9 @@ fn names_proxies_and_name_servers_of_the_host() {
     assert!(answer.contains("Address: 10.9.8.7"), "{answer}");
     let answer = lookup(&vm, "vpn.corp.test");
     assert!(answer.contains("Address: 10.20.30.40"), "{answer}");
+    // Of an answer that has no room over UDP, everything: the guest's own resolver asks over TCP as well.
+    let answer = vm.exec(&["getent", "ahostsv4", "many.corp.test"]).ok();
+    assert_eq!(answer.lines().filter(|line| line.contains("STREAM")).count(), usize::from(MANY), "{answer}");
     let answer = lookup(&vm, "absent.corp.test");
     assert!(answer.contains("NXDOMAIN"), "{answer}");
     // The hosts file is read again when it changes; in place, since the mount is of this very file.

@@ -9,7 +9,9 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use dhow_protocol::allowance::Allowance;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::broadcast;
 
@@ -32,6 +34,12 @@ const PROBED: [(&str, &str); 2] = [("dhow/bind4", "port!=0"), ("dhow/bind6", "po
 const TRACED: [(&str, &str); 1] = [("syscalls/sys_exit_bind", "ret==0")];
 /// What counts of the event for TCP.
 const LISTENS: (&str, &str) = ("sock/inet_sock_set_state", FILTER);
+/// Reads in one go: a storm writes as fast as it is read.
+const READS: usize = 16;
+/// A storm of events takes one part in so many of one CPU here …
+const ONE_IN: u32 = 10;
+/// … and may run so far ahead of that.
+const BURST: Duration = Duration::from_secs(1);
 /// How the trace names them.
 const SET_STATE: &str = "inet_sock_set_state:";
 const BINDS: [&str; 3] = [" bind4: ", " bind6: ", " sys_bind -> "];
@@ -58,6 +66,7 @@ fn run(mut trace: &File, mut gone: Gone, hints: &broadcast::Sender<Hint>) -> io:
     let tell = |hint| _ = hints.send(hint);
     let mut buffer = [0; 4096];
     let mut lines = Lines::default();
+    let mut allowance = Allowance::new(ONE_IN, BURST);
     loop {
         let ready = {
             let mut fds =
@@ -68,11 +77,12 @@ fn run(mut trace: &File, mut gone: Gone, hints: &broadcast::Sender<Hint>) -> io:
             }
             fds.map(|fd| fd.any().unwrap_or(true))
         };
+        let began = Instant::now();
         if ready[1] && gone.drain() {
             tell(Hint::Udp);
         }
         if ready[0] {
-            loop {
+            for _ in 0..READS {
                 match trace.read(&mut buffer) {
                     Ok(0) => break,
                     Ok(length) => lines.take(&buffer[..length], |line| tell(hint_of(line))),
@@ -82,6 +92,9 @@ fn run(mut trace: &File, mut gone: Gone, hints: &broadcast::Sender<Hint>) -> io:
                 }
             }
         }
+        // Meanwhile events gather, and are read at once; what the ring has no room for is a line that says so.
+        let ended = Instant::now();
+        std::thread::sleep(allowance.spend(began, ended) - ended);
     }
 }
 

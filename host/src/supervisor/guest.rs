@@ -15,10 +15,11 @@ use dhow_protocol::hello::{Hello, HelloError, HelloReply, REPLY_LEN, Secret};
 use dhow_protocol::stream::StreamHeader;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::control::{Control, RequestError, seconds};
 use super::spares::Spares;
+use super::turnstile::Turnstile;
 use crate::vsock::client::DeviceClient;
 use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 
@@ -27,6 +28,11 @@ use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
 pub const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// Likewise where the guest connects to a target, for which it takes 10 s at the most.
 pub const CONNECT_DEADLINE: Duration = Duration::from_secs(13);
+
+/// Streams to places in the guest that are opened at once: enough to keep the guest's agent busy.
+const AT_ONCE: usize = 3;
+/// What takes longer than that waits for its target, and is no longer counted.
+const TURN: Duration = Duration::from_millis(50);
 
 /// Why a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -48,13 +54,14 @@ pub struct Opener {
     device: watch::Receiver<Option<DeviceClient>>,
     secret: Secret,
     spares: Spares,
+    turnstile: Turnstile,
 }
 
 impl Opener {
     /// Opens streams through whichever device there is, proving `secret`.
     #[must_use]
     pub fn new(device: watch::Receiver<Option<DeviceClient>>, secret: Secret) -> Self {
-        Self { device, secret, spares: Spares::default() }
+        Self { device, secret, spares: Spares::default(), turnstile: Turnstile::new(AT_ONCE) }
     }
 
     /// Opens a stream as far as the agent's consent; the host side is attached by the caller. Where the
@@ -120,17 +127,28 @@ impl Opener {
     }
 
     /// Opens a stream to a target in the guest, whose host side is `fd`, a connected stream socket. Those to one
-    /// target leave room for others.
+    /// target leave room for others, and wait in a line of their own.
     ///
     /// # Errors
     /// As [`Opener::open`].
     pub async fn open_with(&self, header: &StreamHeader, fd: OwnedFd) -> Result<(), OpenError> {
-        let pending = self.open(header, CONNECT_DEADLINE).await?;
-        match group(header) {
-            Some(group) => pending.attach_of(group, fd).await?,
-            None => pending.attach(fd).await?,
-        }
-        Ok(())
+        let Some(group) = group(header) else {
+            return Ok(self.open(header, CONNECT_DEADLINE).await?.attach(fd).await?);
+        };
+        let turn = self.turnstile.turn(group).await;
+        let opening = self.open(header, CONNECT_DEADLINE);
+        tokio::pin!(opening);
+        let pending = match timeout(TURN, &mut opening).await {
+            Ok(opened) => {
+                turn.opened();
+                opened?
+            }
+            Err(_) => {
+                turn.waits();
+                opening.await?
+            }
+        };
+        Ok(pending.attach_of(group, fd).await?)
     }
 
     /// Opens a stream that this process itself reads and writes.

@@ -13,7 +13,7 @@
 //! `ending.rs` why it ended. `record.rs` is what a successor must know, `ledger.rs` keeps it. `vm.rs` is
 //! a running VM, `healing.rs` brings back what dies in it, `paused.rs` a VM without disk. `processes.rs`
 //! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `routes.rs` whether it hides another, `guest.rs` the way to the
-//! agent, `spares.rs` streams that are opened ahead, `control.rs` the agent's requests; `shares.rs`, `bundles.rs` and `services.rs` are what is done through it.
+//! agent, `spares.rs` streams that are opened ahead, `turnstile.rs` who may open one, `control.rs` the agent's requests; `shares.rs`, `bundles.rs` and `services.rs` are what is done through it.
 
 mod adopt;
 mod bundles;
@@ -36,6 +36,7 @@ mod spares;
 mod start;
 mod state;
 mod stop;
+mod turnstile;
 mod vm;
 
 use std::collections::HashMap;

@@ -14,8 +14,11 @@ const CROWD: usize = 1000;
 /// For one read.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Connects, has one byte come back, and leaves.
-fn exchange(address: SocketAddr) -> std::io::Result<TcpStream> {
+/// Connects and has one byte come back.
+///
+/// # Errors
+/// It was refused, or did not come back.
+pub fn exchange(address: SocketAddr) -> std::io::Result<TcpStream> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -11,8 +11,8 @@ pub struct Allowance {
     paid: Option<Instant>,
 }
 
-/// See [`Allowance::spend`].
-const LONGEST_REST: Duration = Duration::from_secs(2);
+/// What [`Allowance::spend`] puts off at the most.
+pub const LONGEST_REST: Duration = Duration::from_secs(2);
 
 impl Allowance {
     /// One part in `one_in` of the time may be spent in the long run; `burst` is how far spending may run ahead of

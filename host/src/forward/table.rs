@@ -118,8 +118,8 @@ impl Forwards {
         Arc::new(Self { table: Mutex::new(table), changes: watch::Sender::new(0) })
     }
 
-    /// Has `policy` decide of all that is reported when a stream begins: a profile's rules are known after the sockets of an
-    /// earlier supervisor were taken over.
+    /// Has `policy` decide of all that is reported when a stream begins: a profile's rules are known after the sockets
+    /// of an earlier supervisor were taken over.
     pub fn follow(&self, policy: Policy) {
         self.table().policy = policy;
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::super::super::client::DeviceClient;
-use super::super::super::{OpenRequest, Transport, TransportError};
+use super::super::super::{OpenRequest, PendingStream, Transport, TransportError};
 use super::super::packet::{Op, SHUTDOWN_SEND};
 use super::guest::{Guest, Stream};
 
@@ -82,12 +82,8 @@ async fn eventually_empty(client: &DeviceClient) {
 
 const LONG: Duration = Duration::from_secs(10);
 
-#[tokio::test]
-async fn open_attach_and_echo() {
-    let (_guest, control) = Running::start();
-    let client = DeviceClient::new(control).unwrap();
-    let pending = client.open(request(1000, b"hello", LONG)).await.unwrap();
-    assert_eq!(pending.reply(), b"hello");
+/// Gives the stream an fd, through which the guest echoes.
+async fn attach_and_echo(pending: PendingStream) {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     pending.attach(theirs.into()).await.unwrap();
     let echoed = tokio::task::spawn_blocking(move || {
@@ -98,6 +94,15 @@ async fn open_attach_and_echo() {
         got
     });
     assert_eq!(echoed.await.unwrap(), b"and more");
+}
+
+#[tokio::test]
+async fn open_attach_and_echo() {
+    let (_guest, control) = Running::start();
+    let client = DeviceClient::new(control).unwrap();
+    let pending = client.open(request(1000, b"hello", LONG)).await.unwrap();
+    assert_eq!(pending.reply(), b"hello");
+    attach_and_echo(pending).await;
     eventually_empty(&client).await;
 }
 
@@ -112,16 +117,7 @@ async fn a_stream_opened_ahead_is_told_later_what_it_is() {
     // And once more, before it gets its fd.
     let pending = pending.exchange(b"again".to_vec(), 5, LONG).await.unwrap();
     assert_eq!(pending.reply(), b"again");
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    pending.attach(theirs.into()).await.unwrap();
-    let echoed = tokio::task::spawn_blocking(move || {
-        ours.write_all(b"and more").unwrap();
-        ours.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut got = Vec::new();
-        ours.read_to_end(&mut got).unwrap();
-        got
-    });
-    assert_eq!(echoed.await.unwrap(), b"and more");
+    attach_and_echo(pending).await;
     // One that is dropped, or whose reply does not come, is gone.
     drop(client.open(request(1000, b"", LONG)).await.unwrap());
     let spare = client.open(request(1000, b"", LONG)).await.unwrap();

@@ -10,7 +10,7 @@ use dhow_protocol::HOST_CID;
 use dhow_protocol::errors::chain;
 use dhow_protocol::hello::{Secret, Status};
 use dhow_protocol::stream::StreamHeader;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_vsock::VsockListener;
 
 use super::hello::{self, Answer, HandshakeError};
@@ -41,6 +41,18 @@ impl Default for Limits {
     }
 }
 
+/// A stream that has proven itself and waits for its answer.
+pub(super) struct Arrival {
+    /// The host's.
+    pub stream: Stream,
+    /// What it is to be.
+    pub header: StreamHeader,
+    /// The right to answer it.
+    pub answer: Answer,
+    /// Its room among [`Limits::streams`], which it has until its end.
+    pub room: OwnedSemaphorePermit,
+}
+
 /// Where connections come from.
 pub(super) trait Listener {
     /// The next connection and its peer's CID.
@@ -58,7 +70,7 @@ impl Listener for VsockListener {
 pub(super) async fn run<L, S, F>(listener: L, secret: Secret, limits: Limits, serve: S)
 where
     L: Listener,
-    S: Fn(Stream, StreamHeader, Answer) -> F + Clone + Send + 'static,
+    S: Fn(Arrival) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
     let unproven = Arc::new(Semaphore::new(limits.unproven));
@@ -93,12 +105,12 @@ where
                 }
             };
             drop(proving);
-            let Ok(_serving) = streams.try_acquire_owned() else {
+            let Ok(room) = streams.try_acquire_owned() else {
                 let detail = format!("there are {} streams already", limits.streams);
                 answer.refuse(&stream, Status::Busy, &detail).await;
                 return;
             };
-            serve(stream, header, answer).await;
+            serve(Arrival { stream, header, answer, room }).await;
         });
     }
 }

@@ -40,9 +40,10 @@ impl Guest {
         let (serving, served) = mpsc::unbounded_channel();
         let accepted = Arc::new(AtomicUsize::new(0));
         let fake = Fake { incoming: Mutex::new(incoming), accepted: Arc::clone(&accepted) };
-        tokio::spawn(run(fake, SECRET, limits, move |stream, header, answer| {
+        tokio::spawn(run(fake, SECRET, limits, move |arrival| {
             let serving = serving.clone();
             async move {
+                let Arrival { stream, header, answer, room: _room } = arrival;
                 answer.accept(&stream).await.unwrap();
                 serving.send(header).unwrap();
                 stream.hung_up().await;

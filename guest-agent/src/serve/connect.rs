@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use dhow_protocol::hello::Status;
@@ -31,24 +32,24 @@ pub(super) struct Refusal {
     pub detail: String,
 }
 
-/// Connects to a TCP endpoint of the root namespace.
+/// Connects to a TCP endpoint of the root namespace; the socket is non-blocking.
 ///
 /// # Errors
 /// As the target says, or that it says nothing.
-pub(super) async fn tcp(target: SocketAddr) -> Result<Stream, Refusal> {
+pub(super) async fn tcp(target: SocketAddr) -> Result<OwnedFd, Refusal> {
     let family = if target.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let connected = persist(DEADLINE, || connect(family, &target)).await.and_then(|stream| {
-        sockopt::set_tcp_nodelay(&stream, true)?;
-        Ok(stream)
+    let connected = persist(DEADLINE, || connect(family, &target)).await.and_then(|socket| {
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        Ok(socket)
     });
     connected.map_err(|error| refusal(&error, &target.to_string()))
 }
 
-/// Connects to a unix socket.
+/// Connects to a unix socket; it is non-blocking.
 ///
 /// # Errors
 /// As [`tcp`].
-pub(super) async fn unix(path: &str) -> Result<Stream, Refusal> {
+pub(super) async fn unix(path: &str) -> Result<OwnedFd, Refusal> {
     let connected = match SocketAddrUnix::new(path) {
         Ok(address) => persist(DEADLINE, || connect(AddressFamily::UNIX, &address)).await,
         // Longer than a socket's path can be (unix(7)), or with a NUL.
@@ -71,19 +72,19 @@ fn refusal(error: &io::Error, target: &str) -> Refusal {
 
 /// Connects once. Within the guest a connection is mostly there when connect(2) returns, which a
 /// non-blocking socket learns by asking a second time: the reactor hears of the socket when it carries data.
-async fn connect(family: AddressFamily, target: &impl SocketAddrArg) -> io::Result<Stream> {
+async fn connect(family: AddressFamily, target: &impl SocketAddrArg) -> io::Result<OwnedFd> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     for _ in 0..2 {
         match rustix::net::connect(&socket, target) {
-            Ok(()) | Err(Errno::ISCONN) => return Stream::new(socket),
+            Ok(()) | Err(Errno::ISCONN) => return Ok(socket),
             Err(Errno::INPROGRESS | Errno::ALREADY) => {}
             Err(error) => return Err(error.into()),
         }
     }
     let stream = Stream::new(socket)?;
     stream.connected().await?;
-    Ok(stream)
+    Ok(stream.into_fd())
 }
 
 /// Tries again while the target refuses, and anew while it does not answer; `deadline` at the most.
@@ -117,7 +118,6 @@ where
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixListener;
 
     use super::*;
@@ -131,10 +131,10 @@ mod tests {
     async fn a_listener_is_reached_and_nagle_is_off() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let Ok(listener) = TcpListener::bind(address) else { continue };
-            let stream = within(tcp(listener.local_addr().unwrap())).await.unwrap();
+            let socket = within(tcp(listener.local_addr().unwrap())).await.unwrap();
             let (_, client) = listener.accept().unwrap();
-            assert!(sockopt::tcp_nodelay(stream.as_fd()).unwrap());
-            stream.try_write(b"x").unwrap();
+            assert!(sockopt::tcp_nodelay(&socket).unwrap());
+            Stream::new(socket).unwrap().try_write(b"x").unwrap();
             assert!(client.ip().is_loopback());
         }
     }
@@ -147,8 +147,8 @@ mod tests {
             tokio::time::sleep(FIRST_PAUSE * 4).await;
             TcpListener::bind(address).unwrap()
         };
-        let (stream, listener) = within(async { tokio::join!(tcp(address), listening) }).await;
-        stream.unwrap();
+        let (socket, listener) = within(async { tokio::join!(tcp(address), listening) }).await;
+        socket.unwrap();
         listener.accept().unwrap();
     }
 

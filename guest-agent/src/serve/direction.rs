@@ -26,6 +26,8 @@ const MEMORY: usize = 16;
 pub(super) struct Direction {
     /// Bytes that were read.
     pub carried: u64,
+    /// How often something was read, or the end.
+    pub reads: u64,
     /// The sink was told the end, or takes no more: nothing is left to do.
     pub done: bool,
     /// The sink took no more. What it sent before it left is still carried, then both are cut.
@@ -75,6 +77,7 @@ impl Direction {
             let spliced = if self.bulk && !self.plain { self.splice(from)? } else { 0 };
             let length = if spliced > 0 { spliced } else { ready!(self.copy(from, to, cx))? };
             self.carried += length as u64;
+            self.reads += 1;
             carried += length;
             self.bulk = length >= BULK;
             self.mean = self.mean - self.mean / MEMORY + length / MEMORY;

@@ -1,15 +1,19 @@
 //! Gives each stream to who serves its kind.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use dhow_protocol::errors::chain;
 use dhow_protocol::hello::Status;
 use dhow_protocol::stream::StreamHeader;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::accept::Arrival;
 use super::connect::{self, Refusal};
 use super::control::Control;
 use super::hello::Answer;
+use super::lane::Lane;
 use super::relay;
 use super::requests::Requests;
 use super::stream::Stream;
@@ -37,9 +41,16 @@ pub(super) struct Services {
 }
 
 impl Services {
-    /// Answers one stream's hello and serves it to its end.
-    pub(super) async fn serve(self: Arc<Self>, stream: Stream, header: StreamHeader, answer: Answer) {
+    /// Answers one stream's hello and serves it to its end; a forward goes on on `quick` when it is no longer new.
+    pub(super) async fn serve(self: Arc<Self>, arrival: Arrival, quick: &Lane) {
+        let Arrival { stream, header, answer, room } = arrival;
         match header {
+            StreamHeader::Tcp { address, port } => {
+                forward(stream, answer, connect::tcp(SocketAddr::new(address, port)), room, quick).await;
+            }
+            StreamHeader::Unix { path } => {
+                forward(stream, answer, connect::unix(&path), room, quick).await;
+            }
             StreamHeader::Control => {
                 let Some(stream) = accepted(stream, answer).await else { return };
                 self.control.serve(&stream).await;
@@ -51,10 +62,6 @@ impl Services {
                 }
                 Err(exec::Refused { status, detail }) => answer.refuse(&stream, status, &detail).await,
             },
-            StreamHeader::Tcp { address, port } => {
-                forward(stream, answer, connect::tcp(SocketAddr::new(address, port))).await;
-            }
-            StreamHeader::Unix { path } => forward(stream, answer, connect::unix(&path)).await,
             StreamHeader::Ports => {
                 let Some(ports) = &self.ports else {
                     let detail = "the guest's kernel cannot list sockets";
@@ -120,19 +127,29 @@ async fn accepted(stream: Stream, answer: Answer) -> Option<Stream> {
 }
 
 /// Answers when the target has, then relays.
-async fn forward(stream: Stream, answer: Answer, target: impl Future<Output = Result<Stream, Refusal>>) {
+async fn forward(
+    stream: Stream,
+    answer: Answer,
+    target: impl Future<Output = Result<OwnedFd, Refusal>>,
+    room: OwnedSemaphorePermit,
+    quick: &Lane,
+) {
     let connected = tokio::select! {
         connected = target => connected,
         // The client gave up.
         () = stream.hung_up() => return,
     };
-    match connected {
-        Ok(target) => {
-            let Some(stream) = accepted(stream, answer).await else { return };
-            if let Err(error) = relay::relay(stream, target).await {
-                tracing::debug!(error = chain(&error), "a forwarded connection was cut");
-            }
-        }
-        Err(Refusal { status, detail }) => answer.refuse(&stream, status, &detail).await,
+    let target = match connected {
+        Ok(target) => target,
+        Err(Refusal { status, detail }) => return answer.refuse(&stream, status, &detail).await,
+    };
+    let Some(stream) = accepted(stream, answer).await else { return };
+    let relayed = match Stream::new(target) {
+        Ok(target) => relay::relay_new(stream, target, quick).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = relayed {
+        tracing::debug!(error = chain(&error), "a forwarded connection was cut");
     }
+    drop(room);
 }

@@ -16,6 +16,8 @@ mod direction;
 mod dispatch;
 mod hello;
 mod info;
+mod lane;
+mod opening;
 mod pipe;
 pub mod relay;
 mod requests;
@@ -39,7 +41,6 @@ use dhow_protocol::control::Event;
 use dhow_protocol::errors::chain;
 use dhow_protocol::hello::Secret;
 use tokio::sync::broadcast;
-use tokio_vsock::VsockListener;
 
 use crate::dns::Dns;
 use crate::host_services::HostServices;
@@ -50,9 +51,6 @@ use crate::runtimes::{self, Runtimes};
 
 /// Largest boot configuration in bytes.
 const BOOT_LIMIT: u64 = 1 << 20;
-/// Tasks that have their turn before sockets are looked at again. With tokio's 61 a small request waited for 61 turns
-/// of relays that are just becoming bulk.
-const TURNS: u32 = 8;
 /// The daemon whose ports linger while it is restarted.
 const PUBLISHER: &str = "dockerd";
 /// Events that a slow host may be behind.
@@ -82,9 +80,9 @@ enum ServeError {
 pub fn main() -> ExitCode {
     init::exempt_from_oom();
     let served = dhow_parent::inherited_fds().map_err(ServeError::from).and_then(|inherited| {
-        // One thread but for bulk data: the work is moving bytes, and more would only contend with dockerd.
+        // One thread but for opening and for bulk data: more would only contend with dockerd.
         let mut runtime = tokio::runtime::Builder::new_current_thread();
-        runtime.enable_all().event_interval(TURNS).build()?.block_on(serve(inherited))
+        runtime.enable_all().event_interval(lane::TURNS).build()?.block_on(serve(inherited))
     });
     match served {
         Ok(never) => match never {},
@@ -151,13 +149,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         environment: boot.environment,
     });
 
-    let accepting = accept::run(
-        VsockListener::from(listener),
-        secret,
-        accept::Limits::default(),
-        move |stream, header, answer| Arc::clone(&services).serve(stream, header, answer),
-    );
-    tokio::spawn(accepting);
+    opening::start(listener, secret, services);
     tracing::info!("serving");
     while let Some(exit) = exits.recv().await {
         runtimes.exited(&exit);

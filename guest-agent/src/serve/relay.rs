@@ -25,8 +25,11 @@ use std::task::Poll;
 
 use super::bulk_lane;
 use super::direction::Direction;
+use super::lane::Lane;
 use super::stream::Stream;
 
+/// Reads until a relay is no longer new: an exchange has three or four, with both ends.
+const NEW: u64 = 8;
 /// From this mean size of reads on, in bytes, a relay carries bulk data.
 const HEAVY: usize = 32 << 10;
 /// Below this one it does no longer.
@@ -41,14 +44,31 @@ pub struct Carried {
     pub back: u64,
 }
 
-/// Relays until the end.
+/// Relays until the end: on the caller's lane as long as it is new, then on `quick` and on the bulk lane.
+///
+/// # Errors
+/// One side failed or was reset; the other was cut then.
+pub(super) async fn relay_new(first: Stream, second: Stream, quick: &Lane) -> io::Result<Carried> {
+    let moving = match Relay::new(first, second).run(Load::New).await {
+        Step::Ended(ended) => return ended,
+        Step::Leaves(relay) => relay.pack(),
+    };
+    let moved = quick.spawn(async move { go_on(moving.unpack()?).await });
+    // It panicked, or the worker ends.
+    moved.await.unwrap_or_else(|error| Err(error.into()))
+}
+
+/// Relays until the end, on the caller's lane and on the bulk lane.
 ///
 /// # Errors
 /// One side failed or was reset; the other was cut then.
 pub async fn relay(first: Stream, second: Stream) -> io::Result<Carried> {
-    let mut relay = Relay::new(first, second);
+    go_on(Relay::new(first, second)).await
+}
+
+async fn go_on(mut relay: Relay) -> io::Result<Carried> {
     loop {
-        relay = match relay.run(Lane::Quick).await {
+        relay = match relay.run(Load::Light).await {
             Step::Ended(ended) => return ended,
             Step::Leaves(relay) => relay,
         };
@@ -59,24 +79,27 @@ pub async fn relay(first: Stream, second: Stream) -> io::Result<Carried> {
     }
 }
 
-/// For which relays a thread is.
+/// For which relays a lane is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lane {
+pub(super) enum Load {
+    /// Those that have carried next to nothing yet: most end as such.
+    New,
     /// Those that carry little at once.
-    Quick,
+    Light,
     /// Those that carry much.
     Bulk,
-    /// All: there is no other thread.
-    Only,
+    /// All: there is no other lane.
+    Any,
 }
 
-impl Lane {
-    /// Whether a relay that reads `mean` bytes at once belongs elsewhere.
-    fn is_left_at(self, mean: usize) -> bool {
+impl Load {
+    /// Whether a relay belongs elsewhere that has read so often, `mean` bytes at once.
+    fn is_left_at(self, reads: u64, mean: usize) -> bool {
         match self {
-            Self::Quick => mean >= HEAVY,
+            Self::New => reads >= NEW,
+            Self::Light => mean >= HEAVY,
             Self::Bulk => mean < LIGHT,
-            Self::Only => false,
+            Self::Any => false,
         }
     }
 }
@@ -88,6 +111,29 @@ pub(super) enum Step<R = Relay> {
     Ended(io::Result<Carried>),
     /// It goes on elsewhere.
     Leaves(R),
+}
+
+impl Step {
+    /// As it leaves the lane.
+    pub(super) fn pack(self) -> Step<Moving> {
+        match self {
+            Self::Ended(ended) => Step::Ended(ended),
+            Self::Leaves(relay) => Step::Leaves(relay.pack()),
+        }
+    }
+}
+
+impl Step<Moving> {
+    /// As it comes to a lane.
+    pub(super) fn unpack(self) -> Step {
+        match self {
+            Self::Ended(ended) => Step::Ended(ended),
+            Self::Leaves(moving) => match moving.unpack() {
+                Ok(relay) => Step::Leaves(relay),
+                Err(error) => Step::Ended(Err(error)),
+            },
+        }
+    }
 }
 
 /// Two sockets of this thread's reactor, and what is under way between them.
@@ -113,7 +159,7 @@ impl Relay {
     }
 
     /// Carries until the end, or until it belongs on another lane.
-    pub(super) async fn run(mut self, lane: Lane) -> Step {
+    pub(super) async fn run(mut self, load: Load) -> Step {
         let Self { first, second, there, back } = &mut self;
         let carried = poll_fn(|cx| {
             // Both are polled, whatever the first one says.
@@ -125,7 +171,7 @@ impl Relay {
                 (Poll::Pending, Poll::Ready(())) => back.watch(second, cx)?,
                 (Poll::Pending, Poll::Pending) => {}
             }
-            if lane.is_left_at(there.mean.max(back.mean)) { Poll::Ready(Ok(false)) } else { Poll::Pending }
+            if load.is_left_at(there.reads + back.reads, there.mean.max(back.mean)) { Poll::Ready(Ok(false)) } else { Poll::Pending }
         });
         let ended: io::Result<bool> = carried.await;
         if let Ok(false) = ended {

@@ -35,7 +35,7 @@ async fn copying_host_and_server() -> (UnixStream, TcpStream, JoinHandle<io::Res
 }
 
 async fn run_out(relay: Relay) -> io::Result<Carried> {
-    match relay.run(Lane::Only).await {
+    match relay.run(Load::Any).await {
         Step::Ended(ended) => ended,
         Step::Leaves(_) => unreachable!("there is no other lane"),
     }
@@ -166,7 +166,7 @@ async fn a_slow_reader_loses_nothing_and_holds_its_writer_up() {
     within(relaying).await.unwrap().unwrap();
 }
 
-async fn leaves(relay: Relay, lane: Lane) -> Relay {
+async fn leaves(relay: Relay, lane: Load) -> Relay {
     match within(relay.run(lane)).await {
         Step::Leaves(relay) => relay,
         Step::Ended(ended) => panic!("ended: {ended:?}"),
@@ -199,8 +199,8 @@ async fn bulk_data_leaves_the_quick_lane_and_small_pieces_the_bulk_lane() {
         exchange(&mut host, &mut server, 64, 500).await;
         exchange(&mut server, &mut host, 64, 500).await;
     });
-    let relay = leaves(Relay::new(agent, client), Lane::Quick).await;
-    let relay = leaves(relay.pack().unpack().unwrap(), Lane::Bulk).await;
+    let relay = leaves(Relay::new(agent, client), Load::Light).await;
+    let relay = leaves(relay.pack().unpack().unwrap(), Load::Bulk).await;
     let carried = within(run_out(relay.pack().unpack().unwrap())).await.unwrap();
     assert_eq!(carried, Carried { there: (16 << 20) + 500 * 64, back: 500 * 64 });
     exchanging.await.unwrap();

@@ -31,7 +31,8 @@ impl Lane {
     /// # Errors
     /// There is no thread or no descriptor left for it.
     pub(super) fn start(name: &str) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TURNS).build()?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TURNS).build()?;
         let handle = runtime.handle().clone();
         let thread = std::thread::Builder::new().name(name.into());
         thread.spawn(move || runtime.block_on(std::future::pending::<()>()))?;

@@ -171,7 +171,11 @@ impl Relay {
                 (Poll::Pending, Poll::Ready(())) => back.watch(second, cx)?,
                 (Poll::Pending, Poll::Pending) => {}
             }
-            if load.is_left_at(there.reads + back.reads, there.mean.max(back.mean)) { Poll::Ready(Ok(false)) } else { Poll::Pending }
+            if load.is_left_at(there.reads + back.reads, there.mean.max(back.mean)) {
+                Poll::Ready(Ok(false))
+            } else {
+                Poll::Pending
+            }
         });
         let ended: io::Result<bool> = carried.await;
         if let Ok(false) = ended {

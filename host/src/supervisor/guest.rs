@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::control::{Control, RequestError, seconds};
+use super::leavers::{self, Leavers};
 use super::spares::Spares;
 use super::turnstile::Turnstile;
 use crate::vsock::client::DeviceClient;
@@ -43,6 +44,9 @@ pub enum OpenError {
     /// The agent refused, or is not ours.
     #[error(transparent)]
     Hello(#[from] HelloError),
+    /// The client has left, as too many others did.
+    #[error("clients connect and leave faster than they are passed on")]
+    Left,
     /// No socket pair or no random numbers on the host.
     #[error("no stream could be made on the host")]
     Host(#[from] io::Error),
@@ -55,13 +59,15 @@ pub struct Opener {
     secret: Secret,
     spares: Spares,
     turnstile: Turnstile,
+    leavers: Leavers,
 }
 
 impl Opener {
     /// Opens streams through whichever device there is, proving `secret`.
     #[must_use]
     pub fn new(device: watch::Receiver<Option<DeviceClient>>, secret: Secret) -> Self {
-        Self { device, secret, spares: Spares::default(), turnstile: Turnstile::new(AT_ONCE) }
+        let (spares, turnstile, leavers) = (Spares::default(), Turnstile::new(AT_ONCE), Leavers::default());
+        Self { device, secret, spares, turnstile, leavers }
     }
 
     /// Opens a stream as far as the agent's consent; the host side is attached by the caller. Where the
@@ -135,7 +141,15 @@ impl Opener {
         let Some(group) = group(header) else {
             return Ok(self.open(header, CONNECT_DEADLINE).await?.attach(fd).await?);
         };
-        let turn = self.turnstile.turn(group).await;
+        let mut turn = self.turnstile.turn(group).await;
+        let _leave = if leavers::has_left(&fd) {
+            drop(turn);
+            let leave = self.leavers.turn(group).await.ok_or(OpenError::Left)?;
+            turn = self.turnstile.turn(group).await;
+            Some(leave)
+        } else {
+            None
+        };
         let opening = self.open(header, CONNECT_DEADLINE);
         tokio::pin!(opening);
         let pending = match timeout(TURN, &mut opening).await {

@@ -12,8 +12,10 @@
 //! `guest_setup.rs` from there to docker, `adopt.rs` from a dead supervisor's VM, `stop.rs` down,
 //! `ending.rs` why it ended. `record.rs` is what a successor must know, `ledger.rs` keeps it. `vm.rs` is
 //! a running VM, `healing.rs` brings back what dies in it, `paused.rs` a VM without disk. `processes.rs`
-//! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `routes.rs` whether it hides another, `guest.rs` the way to the
-//! agent, `spares.rs` streams that are opened ahead, `turnstile.rs` who may open one, `control.rs` the agent's requests; `shares.rs`, `bundles.rs` and `services.rs` are what is done through it.
+//! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `routes.rs` whether it hides another,
+//! `guest.rs` the way to the agent, `spares.rs` streams that are opened ahead, `turnstile.rs` who may open one,
+//! `leavers.rs` who has left before that, `control.rs` the agent's requests; `shares.rs`, `bundles.rs` and `services.rs`
+//! are what is done through it.
 
 mod adopt;
 mod bundles;
@@ -22,6 +24,7 @@ mod ending;
 mod guest;
 mod guest_setup;
 mod healing;
+mod leavers;
 mod ledger;
 mod logs;
 mod network;

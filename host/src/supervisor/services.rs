@@ -39,7 +39,7 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 impl forward::Opener for Opener {
     async fn open(&self, header: StreamHeader, fd: OwnedFd) -> Result<(), String> {
         let opened = self.open_with(&header, fd).await;
-        if let Err(OpenError::Transport(error @ TransportError::TooMany)) = &opened {
+        if let Err(error @ (OpenError::Left | OpenError::Transport(TransportError::TooMany))) = &opened {
             tell_of_flood(&header, error);
         }
         opened.map_err(|error| crate::errors::chain(&error))
@@ -47,12 +47,12 @@ impl forward::Opener for Opener {
 }
 
 /// Says in the log that connections are refused, once a minute: who floods is not to fill it.
-fn tell_of_flood(header: &StreamHeader, error: &TransportError) {
+fn tell_of_flood(header: &StreamHeader, error: &OpenError) {
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     if last.is_none_or(|last| last.elapsed() >= TELL_AGAIN) {
         *last = Some(Instant::now());
-        tracing::warn!(%error, ?header, "connections are refused");
+        tracing::warn!(error = crate::errors::chain(error), ?header, "connections are refused");
     }
 }
 

@@ -66,6 +66,26 @@ pub fn rows(vm: &Vm, quiet: SocketAddr, row: impl Fn(&str, &str)) {
     };
     tell("nothing; echoes and new connections of a quiet forward", alone);
 
+    // What a guest with no processor to spare costs by itself, and a host with one less.
+    let busy = vm
+        .exec(&["nice", "-n", "19", "sh", "-c", "echo busy; while :; do :; done & while :; do :; done"])
+        .spawn();
+    busy.expect("busy");
+    tell("two programs of the guest that only compute", rates(quiet));
+    drop(busy);
+    let stop = AtomicBool::new(false);
+    let now = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let now = rates(quiet);
+        stop.store(true, Ordering::Relaxed);
+        now
+    });
+    tell("one program of the host that only computes", now);
+
     let flood = vm.exec(&["nice", "-n", "19", TOOL, "everywhere", "10000", "10000"]).spawn();
     flood.expect("listening on");
     tell("10,000 listeners in the guest, two that flap", rates(quiet));

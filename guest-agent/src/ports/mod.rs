@@ -39,7 +39,7 @@ use scope::{Hint, Scope};
 use tracker::Tracker;
 
 /// Between looks at everything: for what triggers miss.
-const SLOW_POLL: Duration = Duration::from_secs(5);
+const SLOW_POLL: Duration = Duration::from_secs(15);
 /// Between looks while something lingers: the daemon's return is not a trigger.
 const LINGER_POLL: Duration = Duration::from_millis(100);
 /// Between looks where there can be no triggers.

@@ -39,6 +39,12 @@ impl Log {
         })
     }
 
+    /// Whether it has become too long.
+    #[must_use]
+    pub fn is_too_long(&self) -> bool {
+        self.length() > LIMIT
+    }
+
     /// Cuts the log when it has become too long. What is written between copy and cut is lost.
     pub fn bound(&self) {
         match self.cut(LIMIT) {

@@ -31,7 +31,7 @@ use super::restarts::{HEALTHY, Restarts};
 use super::text;
 
 /// Between looks at the size of the log.
-const LOG_LOOK: Duration = Duration::from_secs(5);
+const LOG_LOOK: Duration = Duration::from_secs(10);
 /// How long a daemon may take to end after SIGTERM: dockerd gives containers 10 s of it.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to read its last settings.
@@ -272,6 +272,9 @@ impl Task {
                 }
                 _ = log_look.tick() => {
                     let log = self.plan.log.clone();
+                    if !log.is_too_long() {
+                        continue;
+                    }
                     // It fails only by a panic, which its thread has reported.
                     let _ = tokio::task::spawn_blocking(move || log.bound()).await;
                 }

@@ -34,6 +34,7 @@ test-e2e: setup build image guest-tool
 guest-tool: setup
 	$(timed) "guest tool" setup/guest-tool.sh
 	@setup/busybox.sh
+	@setup/fio.sh
 
 # Kills and power cuts, each DHOW_SOAK times: an hour and more.
 soak: setup build image guest-tool

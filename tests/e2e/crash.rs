@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use dhow_tests::command::{Cmd, Running};
+use dhow_tests::fio::{self, Fio};
 use dhow_tests::net::{ask, check_echo, free_port, local};
 use dhow_tests::qmp;
 use dhow_tests::settings::in_path;
@@ -379,9 +380,9 @@ fn stop_and_continue_each(vm: &Vm) {
     let life = Life::new(vm);
     let server = file_server(vm);
     // The keeper only holds, and a file server serves but its share: they stand still together.
-    for (parts, needed) in
-        [(&[SUPERVISOR][..], true), (&[KEEPER, &server], false), (&[DEVICE], true), (&[QEMU], true)]
-    {
+    let stopped: [(&[&str], bool); 4] =
+        [(&[SUPERVISOR], true), (&[KEEPER, &server], false), (&[DEVICE], true), (&[QEMU], true)];
+    for (parts, needed) in std::iter::repeat_n(stopped, repetitions() as usize).flatten() {
         let pids = pids(vm, parts);
         let stopped = Instant::now();
         pids.iter().for_each(|pid| process::send(*pid, Signal::SIGSTOP));
@@ -459,10 +460,12 @@ fn kill_all_at_once() {
     vm.stop();
 }
 
+/// Two programs write when QEMU is killed: one that says of each record that it is on the disk, and fio.
 fn acknowledged_writes_survive_a_power_cut() {
     let vm = Vm::new();
     vm.start(&[]);
     vm.import_image();
+    fio::import(&vm);
     let rounds = if repetitions() > 1 { repetitions() } else { 3 };
     for _ in 0..rounds {
         let options = ["-v", "records:/data"];
@@ -478,7 +481,8 @@ fn acknowledged_writes_survive_a_power_cut() {
             first = first.or_else(|| count(&writing));
             first.zip(count(&writing)).is_some_and(|(first, now)| now >= first + 50)
         });
-        process::kill(vm.pid_of(QEMU));
+        let written = tempfile::tempdir().unwrap();
+        Fio::start(&vm, free_port()).write_until_power_cut(vm.pid_of(QEMU), written.path());
         let acknowledged = count(&writing).unwrap();
         drop(writing);
         vm.assert_nothing_left();
@@ -487,6 +491,9 @@ fn acknowledged_writes_survive_a_power_cut() {
         let kept: u64 =
             vm.docker_run(&options, &["guest-tool", "records", "check", "/data/log"]).ok().parse().unwrap();
         assert!(kept >= acknowledged, "{acknowledged} records were acknowledged, {kept} are there");
+        let verified = Fio::start(&vm, free_port()).verify(written.path());
+        eprintln!("{kept} records and {verified} writes of fio are there");
+        assert!(verified >= 20, "fio wrote {verified} times only");
     }
     vm.stop();
 }

@@ -61,9 +61,17 @@ impl Vm {
     /// # Panics
     /// When docker does not start it.
     pub fn container(&self, options: &[&str], argv: &[&str]) -> Container<'_> {
+        self.container_of(IMAGE, options, argv)
+    }
+
+    /// A container of another image in the background.
+    ///
+    /// # Panics
+    /// When docker does not start it.
+    pub fn container_of(&self, image: &str, options: &[&str], argv: &[&str]) -> Container<'_> {
         let name = format!("e2e-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let container = Container { vm: self, name };
-        self.docker(&["run", "-d", "--name", &container.name]).args(options).arg(IMAGE).args(argv).ok();
+        self.docker(&["run", "-d", "--name", &container.name]).args(options).arg(image).args(argv).ok();
         container
     }
 }

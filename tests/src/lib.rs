@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod container;
+pub mod fio;
 pub mod net;
 pub mod process;
 pub mod pty;

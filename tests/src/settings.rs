@@ -14,6 +14,8 @@ pub struct Settings {
     pub guest_tool: PathBuf,
     /// A static busybox for container images (`DHOW_BUSYBOX`).
     pub busybox: PathBuf,
+    /// fio and the libraries that it needs, a root folder (`DHOW_FIO`).
+    pub fio: PathBuf,
     /// The docker CLI: that of the image's recipe, else of PATH.
     pub docker: PathBuf,
     /// The buildx plugin beside it, where there is one.
@@ -49,6 +51,7 @@ impl Settings {
             dhow: there("DHOW_BIN", build.join("bin/dhow"), Path::is_file)?,
             guest_tool: there("DHOW_GUEST_TOOL", build.join("bin/guest-tool"), Path::is_file)?,
             busybox: there("DHOW_BUSYBOX", build.join("hello/busybox"), Path::is_file)?,
+            fio: there("DHOW_FIO", build.join("fio"), Path::is_dir)?,
             buildx: beside_image("docker-buildx"),
             docker,
             image,

@@ -1,7 +1,8 @@
 //! Which of the guest's ports are where on the host, and when.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dhow_tests::command::{Cmd, Running};
@@ -12,7 +13,8 @@ cases![Shared: every_address_of_the_guest, two_listeners_on_one_port, a_range_of
     datagrams_of_several_clients, a_name_server_in_a_container, clients_of_the_guest_are_no_servers,
     without_the_userland_proxy, there_when_docker_run_returns, twenty_published_at_once,
     published_again_and_again, connections_outlive_their_listener, a_restart_of_dockerd_refuses_nobody,
-    a_guest_that_listens_everywhere, a_flood_of_connections_leaves_room, a_guest_that_never_reads];
+    a_guest_that_listens_everywhere, a_flood_of_connections_leaves_room, clients_that_leave_without_a_word,
+    a_guest_that_never_reads];
 
 /// How long dockerd may take to come back on a loaded machine.
 const RETURN: Duration = Duration::from_secs(90);
@@ -456,6 +458,51 @@ fn a_flood_of_connections_leaves_room(vm: &Vm) {
     wait_for("room for new ones", SOON, || held_open(flooded).map(drop).ok_or_else(|| "refused".to_owned()));
     check_echo(local(flooded), 3, 100_000);
     drop(servers);
+}
+
+/// Clients that connect and leave as fast as they can: others go on, also who finishes sending before he has said a word.
+fn clients_that_leave_without_a_word(vm: &Vm) {
+    use std::io::Read;
+    let [quiet, flooded, greeter] = [0; 3].map(|_| free_port());
+    let servers = [quiet, flooded].map(|port| serve(vm, "serve", local(port)));
+    for port in [quiet, flooded] {
+        check_echo(local(port), 1, 1000);
+    }
+    let listen = ["nc", "-ll", "-p", &greeter.to_string(), "-e", "echo", "welcome"];
+    let container = vm.container(&["--network", "host"], &listen);
+    let greeted = || {
+        wait_for("a greeting", SOON, || {
+            let mut stream = TcpStream::connect(local(greeter)).map_err(|error| error.to_string())?;
+            stream.shutdown(Shutdown::Write).map_err(|error| error.to_string())?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).map_err(|error| error.to_string())?;
+            if text == "welcome\n" { Ok(()) } else { Err(text) }
+        });
+    };
+    greeted();
+    let log = vm.data("log/keeper.log");
+    let told = || std::fs::read_to_string(&log).unwrap().matches("connections are refused").count();
+    let before = told();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = TcpStream::connect(local(flooded));
+                }
+            });
+        }
+        check_echo(local(quiet), 2, 300_000);
+        vm.exec(&["true"]).ok();
+        greeted();
+        // Its own clients are not shut out either.
+        check_echo(local(flooded), 3, 1000);
+        stop.store(true, Ordering::Relaxed);
+    });
+    // Once a minute, for all floods.
+    assert!(told() - before <= 1, "it is told again and again");
+    check_echo(local(flooded), 4, 100_000);
+    drop((servers, container));
 }
 
 /// A server that takes connections and reads nothing: what is on its way to it is bounded, and others go on.

@@ -6,7 +6,9 @@ cd "$(dirname "$0")/.."
 IMAGE_OUT=$PWD/build/image source image/lib.sh
 root=build/fio
 [[ ! -x $root/usr/bin/fio ]] || exit 0
-work=$(mktemp -d)
+# Beside its target, so that the last step is one rename.
+mkdir -p build
+work=$(mktemp -d "$PWD/build/fio.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 chmod 0755 "$work"
 
@@ -20,5 +22,4 @@ mkdir -p "$work/root/usr/bin" "$work/root/lib64" "$work/root/lib"
 cp --dereference "$work/$loader" "$work/root/lib64/"
 cp "$work/usr/bin/fio" "$work/root/usr/bin/"
 rm -rf "$root"
-mkdir -p build
 mv "$work/root" "$root"

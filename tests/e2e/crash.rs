@@ -467,7 +467,7 @@ fn acknowledged_writes_survive_a_power_cut() {
     vm.import_image();
     fio::import(&vm);
     let rounds = if repetitions() > 1 { repetitions() } else { 3 };
-    for _ in 0..rounds {
+    for round in 0..rounds {
         let options = ["-v", "records:/data"];
         let writing = vm.docker_run(&options, &["guest-tool", "records", "write", "/data/log"]).spawn();
         let count = |running: &Running| {
@@ -482,7 +482,8 @@ fn acknowledged_writes_survive_a_power_cut() {
             first.zip(count(&writing)).is_some_and(|(first, now)| now >= first + 50)
         });
         let written = tempfile::tempdir().unwrap();
-        Fio::start(&vm, free_port()).write_until_power_cut(vm.pid_of(QEMU), written.path());
+        let name = format!("round-{round}");
+        Fio::start(&vm, free_port(), &name).write_until_power_cut(vm.pid_of(QEMU), written.path());
         let acknowledged = count(&writing).unwrap();
         drop(writing);
         vm.assert_nothing_left();
@@ -491,7 +492,7 @@ fn acknowledged_writes_survive_a_power_cut() {
         let kept: u64 =
             vm.docker_run(&options, &["guest-tool", "records", "check", "/data/log"]).ok().parse().unwrap();
         assert!(kept >= acknowledged, "{acknowledged} records were acknowledged, {kept} are there");
-        let verified = Fio::start(&vm, free_port()).verify(written.path());
+        let verified = Fio::start(&vm, free_port(), &name).verify(written.path());
         eprintln!("{kept} records and {verified} writes of fio are there");
         assert!(verified >= 20, "fio wrote {verified} times only");
     }

@@ -19,7 +19,6 @@ const PORT: u16 = 8765;
 const REPORTS: usize = 5;
 /// A write is finished when it is on the disk: fio notes the write itself as finished, and not the fsync(2) after it.
 const JOB: &str = "[writes]
-filename=/data/writes
 size=256m
 rw=randwrite
 bs=4k
@@ -34,6 +33,8 @@ verify_fatal=1
 #[derive(Debug)]
 pub struct Fio<'a> {
     port: u16,
+    /// What it writes to; one that is new has nothing of an earlier round in it, whose blocks would be the same.
+    file: String,
     /// Lives as long as this.
     _server: Container<'a>,
 }
@@ -50,17 +51,17 @@ pub fn import(vm: &Vm) {
 }
 
 impl<'a> Fio<'a> {
-    /// Starts the server; it is reached through `port` of the host.
+    /// Starts the server, for the file `name` in its volume; it is reached through `port` of the host.
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn start(vm: &'a Vm, port: u16) -> Self {
+    pub fn start(vm: &'a Vm, port: u16, name: &str) -> Self {
         let publish = format!("127.0.0.1:{port}:{PORT}");
         // On a terminal it says at once that it listens.
         let options = ["-t", "-p", &publish, "-v", "fio:/data", "--tmpfs", "/tmp"];
         let server = vm.container_of(IMAGE, &options, &["/usr/bin/fio", "--server"]);
         wait_until("fio's server", SOON, || server.logs().contains("listening"));
-        Self { port, _server: server }
+        Self { port, file: format!("/data/{name}"), _server: server }
     }
 
     /// Writes until the machine is killed, whose process `machine` is. `folder` gets fio's list of what it had written.
@@ -99,7 +100,7 @@ impl<'a> Fio<'a> {
 
     fn client(&self, folder: &Path, further: &str) -> Cmd {
         let job = folder.join("job");
-        std::fs::write(&job, format!("{JOB}{further}")).expect("fio's job");
+        std::fs::write(&job, format!("{JOB}filename={}\n{further}", self.file)).expect("fio's job");
         let root = &Settings::get().fio;
         let path = std::env::var_os("PATH").unwrap_or_default();
         Cmd::new(root.join("lib64/ld-linux-x86-64.so.2"))

@@ -9,12 +9,22 @@
 
 use std::io;
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 use tokio::task::JoinHandle;
 
 /// Tasks that have their turn before sockets are looked at again. With tokio's 61 a small request waited for 61 turns
 /// of relays that are just becoming bulk.
-pub(super) const TURNS: u32 = 8;
+const TURNS: u32 = 8;
+
+/// A reactor and its tasks, for one thread.
+///
+/// # Errors
+/// There is no descriptor left for it.
+pub(super) fn runtime() -> io::Result<Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    // What other threads hand over is looked at as often as sockets are.
+    runtime.enable_all().event_interval(TURNS).global_queue_interval(TURNS).build()
+}
 
 /// A thread that runs tasks. Clones are of the same.
 #[derive(Debug, Clone)]
@@ -31,12 +41,18 @@ impl Lane {
     /// # Errors
     /// There is no thread or no descriptor left for it.
     pub(super) fn start(name: &str) -> io::Result<Self> {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TURNS).build()?;
-        let handle = runtime.handle().clone();
-        let thread = std::thread::Builder::new().name(name.into());
-        thread.spawn(move || runtime.block_on(std::future::pending::<()>()))?;
-        Ok(Self(handle))
+        let (told, started) = std::sync::mpsc::sync_channel(1);
+        // The runtime is made by its thread: one that is dropped on another runtime's thread panics.
+        let run = move || match runtime() {
+            Ok(runtime) => {
+                // Who waits for it is there.
+                let _ = told.send(Ok(runtime.handle().clone()));
+                runtime.block_on(std::future::pending::<()>());
+            }
+            Err(error) => _ = told.send(Err(error)),
+        };
+        std::thread::Builder::new().name(name.into()).spawn(run)?;
+        started.recv().map_err(io::Error::other)?.map(Self)
     }
 
     /// Runs a task on it.

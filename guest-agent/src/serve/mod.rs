@@ -81,8 +81,7 @@ pub fn main() -> ExitCode {
     init::exempt_from_oom();
     let served = dhow_parent::inherited_fds().map_err(ServeError::from).and_then(|inherited| {
         // One thread but for opening and for bulk data: more would only contend with dockerd.
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        runtime.enable_all().event_interval(lane::TURNS).build()?.block_on(serve(inherited))
+        lane::runtime()?.block_on(serve(inherited))
     });
     match served {
         Ok(never) => match never {},

@@ -18,7 +18,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::control::{Control, RequestError, seconds};
-use super::leavers::{self, Leavers};
+use super::first_words::FirstWords;
+use super::leavers::Leavers;
 use super::spares::Spares;
 use super::turnstile::Turnstile;
 use crate::vsock::client::DeviceClient;
@@ -47,6 +48,9 @@ pub enum OpenError {
     /// The client has left, as too many others did.
     #[error("clients connect and leave faster than they are passed on")]
     Left,
+    /// The client has gone.
+    #[error("the client reset the connection before it was open")]
+    Reset,
     /// No socket pair or no random numbers on the host.
     #[error("no stream could be made on the host")]
     Host(#[from] io::Error),
@@ -76,14 +80,25 @@ impl Opener {
     /// # Errors
     /// As [`OpenError`] says; the agent's refusal is [`HelloError::Refused`].
     pub async fn open(&self, header: &StreamHeader, deadline: Duration) -> Result<PendingStream, OpenError> {
+        self.open_saying(header, &[], deadline).await
+    }
+
+    /// As [`Opener::open`]; `words` follow the hello, and are in the guest once at the most.
+    async fn open_saying(
+        &self,
+        header: &StreamHeader,
+        words: &[u8],
+        deadline: Duration,
+    ) -> Result<PendingStream, OpenError> {
         let end = Instant::now() + deadline;
         let mut left = deadline;
         let mut device = self.device.clone();
         loop {
             let client = device.borrow_and_update().clone();
             if let Some(client) = client {
-                match self.open_through(&client, header, left).await {
+                match self.open_through(&client, header, words, left).await {
                     Err(OpenError::Transport(TransportError::DeviceGone)) => {}
+                    Err(OpenError::Transport(TransportError::DeviceLost)) if words.is_empty() => {}
                     result => return result,
                 }
             }
@@ -98,22 +113,26 @@ impl Opener {
         &self,
         client: &DeviceClient,
         header: &StreamHeader,
+        words: &[u8],
         deadline: Duration,
     ) -> Result<PendingStream, OpenError> {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce).map_err(|error| io::Error::other(error.to_string()))?;
-        let preamble = Hello::preamble(&self.secret, nonce, header)?;
-        let pending = self.say(client, preamble, deadline).await?;
+        let mut preamble = Hello::preamble(&self.secret, nonce, header)?;
+        preamble.extend_from_slice(words);
+        let pending = self.say(client, preamble, !words.is_empty(), deadline).await?;
         self.spares.fill(client);
         HelloReply::parse(pending.reply(), &self.secret, &nonce)?;
         Ok(pending)
     }
 
-    /// Says a hello on a stream that was opened ahead, or on a new one.
+    /// Says a hello on a stream that was opened ahead, or on a new one. Where it `has_words` of a client with it, it is not
+    /// said again if it may have been heard.
     async fn say(
         &self,
         client: &DeviceClient,
         preamble: Vec<u8>,
+        has_words: bool,
         deadline: Duration,
     ) -> Result<PendingStream, TransportError> {
         let end = Instant::now() + deadline;
@@ -122,9 +141,12 @@ impl Opener {
             match spare.exchange(preamble.clone(), REPLY_LEN, left()).await {
                 Ok(pending) => return Ok(pending),
                 Err(TransportError::Deadline(_)) => return Err(TransportError::Deadline(deadline)),
-                // The device is silent: another spare would wait as long again.
-                Err(error) if left().is_zero() => return Err(error),
-                // It has died since, with the worker or the device that it led to.
+                // The device is silent, and another spare would wait as long; or it had the words already.
+                Err(error @ TransportError::DeviceLost) if left().is_zero() || has_words => {
+                    return Err(error);
+                }
+                // It has died since, with the worker or the device that it led to. Nothing of it was relayed: the reply
+                // comes before that, and would have come before its end.
                 Err(error) => tracing::debug!(%error, "a stream that was opened ahead is of no use"),
             }
         }
@@ -142,15 +164,23 @@ impl Opener {
             return Ok(self.open(header, CONNECT_DEADLINE).await?.attach(fd).await?);
         };
         let mut turn = self.turnstile.turn(group).await;
-        let _leave = if leavers::has_left(&fd) {
-            drop(turn);
-            let leave = self.leavers.turn(group).await.ok_or(OpenError::Left)?;
-            turn = self.turnstile.turn(group).await;
-            Some(leave)
-        } else {
-            None
+        let mut leave = None;
+        let words = match FirstWords::take(&fd) {
+            FirstWords::None => Vec::new(),
+            FirstWords::Some(words) => words,
+            FirstWords::Reset => return Err(OpenError::Reset),
+            // The host's services open in the guest's turn, and as many as that lets.
+            FirstWords::Never if matches!(header, StreamHeader::Dialled { .. }) => Vec::new(),
+            FirstWords::Never => {
+                drop(turn);
+                let waited = timeout(CONNECT_DEADLINE, self.leavers.turn(group)).await;
+                let line = waited.ok().flatten().ok_or(OpenError::Left)?;
+                turn = self.turnstile.turn(group).await;
+                leave = Some(line.begin());
+                Vec::new()
+            }
         };
-        let opening = self.open(header, CONNECT_DEADLINE);
+        let opening = self.open_saying(header, &words, CONNECT_DEADLINE);
         tokio::pin!(opening);
         let pending = match timeout(TURN, &mut opening).await {
             Ok(opened) => {
@@ -158,6 +188,8 @@ impl Opener {
                 opened?
             }
             Err(_) => {
+                // What it waits for costs the guest nothing.
+                drop(leave);
                 turn.waits();
                 opening.await?
             }
@@ -267,12 +299,15 @@ impl Guest {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::net::{IpAddr, Ipv4Addr};
+
     use dhow_protocol::codec::{self, CONTROL_LIMIT};
     use dhow_protocol::control::{FromAgent, ToAgent};
     use dhow_protocol::hello::HELLO_LEN;
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-    use super::super::spares;
+    use super::super::{leavers, spares};
     use super::*;
     use crate::vsock::device::control::{FromDevice, Reason, ToDevice};
 
@@ -319,6 +354,7 @@ mod tests {
                     exchanges += 1;
                     continue;
                 }
+                (ToDevice::Attach { id, .. }, _) => FromDevice::Attached { id },
                 _ => continue,
             };
             // The client may be gone.
@@ -363,6 +399,68 @@ mod tests {
         drop(opener);
         let exchanges = tokio::task::spawn_blocking(move || serving.join().unwrap()).await.unwrap();
         assert_eq!(exchanges, 1);
+    }
+
+    const TARGET: StreamHeader = StreamHeader::Tcp { address: IpAddr::V4(Ipv4Addr::LOCALHOST), port: 80 };
+
+    fn client() -> (OwnedFd, std::os::unix::net::UnixStream) {
+        let (ours, client) = std::os::unix::net::UnixStream::pair().unwrap();
+        (ours.into(), client)
+    }
+
+    #[tokio::test]
+    async fn who_leaves_without_a_word_waits_for_others_of_his_kind_alone() {
+        let (opener, _serving) = opened(Ahead::Refused).await;
+        let first = opener.leavers.turn(group(&TARGET).unwrap()).await.unwrap();
+        let leaving: Vec<_> = (0..2 * leavers::WAITING)
+            .map(|_| {
+                let (opener, (fd, left)) = (opener.clone(), client());
+                drop(left);
+                tokio::spawn(async move { opener.open_with(&TARGET, fd).await })
+            })
+            .collect();
+        while leaving.iter().filter(|leaving| leaving.is_finished()).count() <= leavers::WAITING {
+            tokio::task::yield_now().await;
+        }
+        let (fd, mut client) = client();
+        client.write_all(b"hello").unwrap();
+        opener.open_with(&TARGET, fd).await.unwrap();
+        drop(first);
+        let mut served = 0;
+        for leaving in leaving {
+            match leaving.await.unwrap() {
+                Ok(()) => served += 1,
+                Err(OpenError::Left) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert_eq!(served, leavers::WAITING - 1);
+    }
+
+    /// A device that hears one request, and what is said in it, and dies.
+    fn hears_once(socket: OwnedFd) -> Vec<u8> {
+        let mut bytes = vec![0; 64 << 10];
+        let (_, length) = rustix::net::recv(&socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+        match ToDevice::decode(&bytes[..length]).unwrap() {
+            ToDevice::Open { preamble, .. } => preamble,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_client_says_first_goes_with_the_hello_and_once() {
+        let (ours, theirs) = pair();
+        let (devices, device) = watch::channel(Some(DeviceClient::new(ours).unwrap()));
+        let opener = Opener::new(device, Secret([7; 32]));
+        let hearing = std::thread::spawn(move || hears_once(theirs));
+        let (fd, mut client) = client();
+        client.write_all(b"hello").unwrap();
+        let error = opener.open_with(&TARGET, fd).await.unwrap_err();
+        assert!(matches!(error, OpenError::Transport(TransportError::DeviceLost)), "{error}");
+        let heard = tokio::task::spawn_blocking(move || hearing.join().unwrap()).await.unwrap();
+        let hello = Hello::parse(heard[..HELLO_LEN].try_into().unwrap()).unwrap();
+        assert_eq!(&heard[HELLO_LEN + hello.header_len()..], b"hello");
+        drop(devices);
     }
 
     #[tokio::test]

@@ -6,21 +6,18 @@
 //! after another. A few wait for that; further ones are refused.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dhow_protocol::allowance::Allowance;
-use rustix::io::Errno;
-use rustix::net::RecvFlags;
 use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 
 /// One part in so many of the time is spent on them …
 const ONE_IN: u32 = 8;
-/// … but for what a check of some hundred ports at once needs.
+/// … but for some hundred that come after a rest.
 const BURST: Duration = Duration::from_secs(4);
 /// So many wait for each place: less than a forward opens at once, so that others find their way past them.
-const WAITING: usize = 32;
+pub(super) const WAITING: usize = 96;
 /// Places that are remembered before the quiet ones are forgotten.
 const PLACES: usize = 64;
 
@@ -43,6 +40,13 @@ struct Account {
     next: Instant,
 }
 
+/// The right of one of them to be next.
+#[derive(Debug)]
+pub struct Next {
+    account: OwnedMutexGuard<Account>,
+    waiting: OwnedSemaphorePermit,
+}
+
 /// A turn of one of them: what it took is spent when this is dropped.
 #[derive(Debug)]
 pub struct Leave {
@@ -51,22 +55,21 @@ pub struct Leave {
     _waiting: OwnedSemaphorePermit,
 }
 
-/// Whether nothing is there to read from a stream socket and nothing comes: its peer has closed it, or finished sending.
-pub fn has_left(client: impl AsFd) -> bool {
-    match rustix::net::recv(client, &mut [0; 1][..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok((_, length)) => length == 0,
-        Err(error) => error == Errno::CONNRESET,
+impl Next {
+    /// From now on it costs.
+    pub fn begin(self) -> Leave {
+        Leave { account: self.account, began: Instant::now(), _waiting: self.waiting }
     }
 }
 
 impl Leavers {
     /// Waits until `place` may have another one; `None` when too many wait for that.
-    pub async fn turn(&self, place: u32) -> Option<Leave> {
+    pub async fn turn(&self, place: u32) -> Option<Next> {
         let place = self.place(place);
         let waiting = Arc::clone(&place.waiting).try_acquire_owned().ok()?;
         let account = Arc::clone(&place.account).lock_owned().await;
         tokio::time::sleep_until(account.next.into()).await;
-        Some(Leave { account, began: Instant::now(), _waiting: waiting })
+        Some(Next { account, waiting })
     }
 
     fn place(&self, number: u32) -> Arc<Place> {
@@ -103,22 +106,7 @@ impl Drop for Leave {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::os::unix::net::UnixStream;
-
     use super::*;
-
-    #[test]
-    fn who_has_something_to_say_has_not_left() {
-        let (client, mut peer) = UnixStream::pair().unwrap();
-        assert!(!has_left(&client));
-        peer.write_all(b"x").unwrap();
-        drop(peer);
-        assert!(!has_left(&client));
-        let (client, peer) = UnixStream::pair().unwrap();
-        peer.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(has_left(&client));
-    }
 
     #[tokio::test]
     async fn each_place_has_a_line_of_its_own_and_no_more_than_a_few_wait() {
@@ -130,7 +118,9 @@ mod tests {
                 tokio::spawn(async move { leavers.turn(1).await.map(drop) })
             })
             .collect();
-        tokio::task::yield_now().await;
+        while leavers.place(1).waiting.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
         assert!(leavers.turn(1).await.is_none());
         leavers.turn(2).await.unwrap();
         // What was spent within the burst is not waited for.
@@ -143,7 +133,7 @@ mod tests {
     #[tokio::test]
     async fn one_that_took_long_is_paid_for() {
         let leavers = Leavers::default();
-        let mut turn = leavers.turn(1).await.unwrap();
+        let mut turn = leavers.turn(1).await.unwrap().begin();
         turn.began = turn.began.checked_sub(BURST).unwrap();
         drop(turn);
         let account = Arc::clone(&leavers.place(1).account);

@@ -14,13 +14,14 @@
 //! a running VM, `healing.rs` brings back what dies in it, `paused.rs` a VM without disk. `processes.rs`
 //! is what is spawned, `logs.rs` what that says, `network.rs` the VM's network, `routes.rs` whether it hides another,
 //! `guest.rs` the way to the agent, `spares.rs` streams that are opened ahead, `turnstile.rs` who may open one,
-//! `leavers.rs` who has left before that, `control.rs` the agent's requests; `shares.rs`, `bundles.rs` and `services.rs`
-//! are what is done through it.
+//! `first_words.rs` what its client has said already, `leavers.rs` who has left before that, `control.rs` the agent's
+//! requests; `shares.rs`, `bundles.rs` and `services.rs` are what is done through it.
 
 mod adopt;
 mod bundles;
 mod control;
 mod ending;
+mod first_words;
 mod guest;
 mod guest_setup;
 mod healing;

@@ -51,7 +51,8 @@ struct Waiting {
 #[derive(Debug, Default)]
 struct WaitingState {
     last_id: u32,
-    askers: HashMap<u32, oneshot::Sender<FromDevice>>,
+    /// They are told nothing at all when the device goes, and `None` when it never had their request.
+    askers: HashMap<u32, oneshot::Sender<Option<FromDevice>>>,
     gone: bool,
 }
 
@@ -67,7 +68,7 @@ impl Waiting {
         state.last_id
     }
 
-    fn expect(&self, id: u32) -> Result<oneshot::Receiver<FromDevice>, TransportError> {
+    fn expect(&self, id: u32) -> Result<oneshot::Receiver<Option<FromDevice>>, TransportError> {
         let mut state = self.lock();
         if state.gone {
             return Err(TransportError::DeviceGone);
@@ -88,7 +89,20 @@ impl Waiting {
         // Nobody waits where a stream failed before its fd came: attach will say so.
         let asker = self.lock().askers.remove(&id);
         if let Some(asker) = asker {
-            let _ = asker.send(message);
+            let _ = asker.send(Some(message));
+        }
+    }
+
+    /// The device has not been asked, and will not be.
+    fn unsent(&self, message: &ToDevice) {
+        let (ToDevice::Open { id, .. }
+        | ToDevice::Attach { id, .. }
+        | ToDevice::Cancel { id }
+        | ToDevice::Stats { id }
+        | ToDevice::Exchange { id, .. }) = message;
+        let asker = self.lock().askers.remove(id);
+        if let Some(asker) = asker {
+            let _ = asker.send(None);
         }
     }
 
@@ -133,7 +147,7 @@ impl DeviceClient {
         let id = self.shared.waiting.new_id();
         match self.shared.ask(id, ToDevice::Stats { id }, None, PROMPT).await? {
             FromDevice::Stats { stats, .. } => Ok(stats),
-            _ => Err(TransportError::DeviceGone),
+            _ => Err(TransportError::DeviceLost),
         }
     }
 }
@@ -149,11 +163,12 @@ impl Shared {
         let answer = self.waiting.expect(id)?;
         self.outgoing.send(Outgoing { message, fd }).map_err(|_| TransportError::DeviceGone)?;
         match tokio::time::timeout(patience, answer).await {
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(_)) => Err(TransportError::DeviceGone),
+            Ok(Ok(Some(message))) => Ok(message),
+            Ok(Ok(None)) => Err(TransportError::DeviceGone),
+            Ok(Err(_)) => Err(TransportError::DeviceLost),
             Err(_) => {
                 self.waiting.lock().askers.remove(&id);
-                Err(TransportError::DeviceGone)
+                Err(TransportError::DeviceLost)
             }
         }
     }
@@ -220,7 +235,7 @@ impl Ticket {
                 self.live = false;
                 Err(failure(reason, self.guest_port, deadline))
             }
-            _ => Err(TransportError::DeviceGone),
+            _ => Err(TransportError::DeviceLost),
         }
     }
 
@@ -252,7 +267,7 @@ impl Ticket {
             FromDevice::AttachFailed { reason, .. } | FromDevice::Failed { reason, .. } => {
                 Err(TransportError::Reset(reason))
             }
-            _ => Err(TransportError::DeviceGone),
+            _ => Err(TransportError::DeviceLost),
         }
     }
 }
@@ -301,6 +316,11 @@ async fn write_requests(
             .await;
         if let Err(error) = sent {
             tracing::error!(%error, "the vsock device takes no requests");
+            waiting.unsent(&message);
+            queue.close();
+            while let Ok(Outgoing { message, .. }) = queue.try_recv() {
+                waiting.unsent(&message);
+            }
             waiting.device_gone();
             return;
         }

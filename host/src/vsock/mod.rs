@@ -105,7 +105,10 @@ pub enum TransportError {
         /// What is allowed.
         limit: usize,
     },
-    /// The device does not answer, or has ended.
+    /// The device had ended before it was asked.
     #[error("the vsock device is gone")]
     DeviceGone,
+    /// The device does not answer, or has ended since it was asked: whether the guest learnt of it is not known.
+    #[error("the vsock device ended before it answered")]
+    DeviceLost,
 }

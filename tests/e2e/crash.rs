@@ -35,6 +35,7 @@ const KEEPER: &str = " keeper ";
 const SUPERVISOR: &str = " supervisor ";
 const DEVICE: &str = " vsock-device ";
 const QEMU: &str = "qemu-system";
+const PASST: &str = "passt ";
 
 fn file_server(vm: &Vm) -> String {
     // With the blank: the path of another share may begin alike.
@@ -103,6 +104,7 @@ impl<'a> Life<'a> {
             let status = vm.status();
             if status["state"] == "running" { Ok(()) } else { Err(status.to_string()) }
         });
+        assert_disk_locked(vm);
     }
 }
 
@@ -340,15 +342,17 @@ fn kill_all_but_qemu(vm: &Vm) {
     for _ in 0..repetitions() {
         let writer = Writer::begin(vm);
         let qemu = vm.pid_of(QEMU);
-        // The keeper first: it would bring back the others.
-        process::kill(vm.pid_of(KEEPER));
-        for process in vm.processes() {
-            let is_ours =
-                [SUPERVISOR, DEVICE, " file-server "].iter().any(|part| process.line.contains(part));
-            if is_ours && process::is_alive(process.pid) {
-                process::kill(process.pid);
-            }
+        let others: Vec<_> = vm.processes().into_iter().filter(|process| process.pid != qemu).collect();
+        for part in [KEEPER, SUPERVISOR, DEVICE, PASST, " file-server "] {
+            assert!(others.iter().any(|process| process.line.contains(part)), "no {part:?} in {others:?}");
         }
+        // At once: none of them has the time to bring another back.
+        for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+            others.iter().for_each(|process| process::send(process.pid, signal));
+        }
+        wait_until("the end of all but QEMU", BACK, || {
+            !others.iter().any(|process| process::is_alive(process.pid))
+        });
         assert_disk_locked(vm);
         life.assert_back("all but QEMU");
         assert_eq!(vm.pid_of(QEMU), qemu);
@@ -494,6 +498,12 @@ fn acknowledged_writes_survive_a_power_cut() {
         assert!(kept >= acknowledged, "{acknowledged} records were acknowledged, {kept} are there");
         let verified = Fio::start(&vm, free_port(), &name).verify(written.path());
         eprintln!("{kept} records and {verified} writes of fio are there");
+        vm.stop();
+        // The whole of it, read only.
+        let check =
+            Cmd::new(in_path("e2fsck").expect("e2fsck(8)")).args(["-f", "-n"]).arg(vm.data("disk.raw"));
+        check.deadline(BACK).run().exits(0);
+        vm.start(&[]);
         assert!(verified >= 20, "fio wrote {verified} times only");
     }
     vm.stop();

@@ -144,6 +144,9 @@ fn a_port_in_use_is_told(vm: &Vm) {
         line.ok_or(listed)
     });
     assert!(line.contains("in use"), "{line}");
+    let log = std::fs::read_to_string(vm.data("log/keeper.log")).unwrap();
+    let told = |line: &str| line.contains("not forwarded") && line.contains(&format!(":{port}"));
+    assert!(log.lines().any(told), "nothing about port {port} in the log:\n{log}");
     drop(taken);
     wait_until("the forward once the port is free", SOON, || accepts(Ipv4Addr::LOCALHOST, port));
     check_echo(local(port), 1, 1000);

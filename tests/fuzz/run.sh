@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `run.sh` runs every fuzz target for FUZZ_SECONDS (300) of one core, beginning with the inputs that are kept in seeds/;
+# `run.sh` runs every fuzz target for FUZZ_SECONDS (600) of one core, beginning with the inputs that are kept in seeds/;
 # a finding is left in artifacts/ and fails the run. `run.sh keep` keeps the smallest set of inputs that covers what was
 # found.
 set -euo pipefail
@@ -19,7 +19,7 @@ for target in "${TARGETS[@]}"; do
     case ${1:-run} in
     run)
         cargo fuzz run --fuzz-dir . "$target" "corpus/$target" -- \
-            -max_total_time="${FUZZ_SECONDS:-300}" -timeout=60 -rss_limit_mb=4096 -print_final_stats=1
+            -max_total_time="${FUZZ_SECONDS:-600}" -timeout=60 -rss_limit_mb=4096 -print_final_stats=1
         ;;
     keep)
         cargo fuzz cmin --fuzz-dir . "$target" "corpus/$target"

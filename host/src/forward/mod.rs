@@ -7,6 +7,7 @@
 mod dns;
 mod hosts;
 mod kept;
+mod news;
 mod policy;
 pub mod rules;
 mod services;

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::kept::Kept;
+use super::news::News;
 use super::policy::{Decision, HostEnd, Policy};
 use super::{Opener, tcp, udp};
 use crate::api::ForwardReport;
@@ -58,6 +59,8 @@ struct Table {
     retries: u32,
     /// For the clients of all UDP forwards.
     udp: udp::Budget,
+    /// What the log says.
+    news: News,
 }
 
 /// Why a listener has no host address.
@@ -114,6 +117,7 @@ impl Forwards {
             kept,
             retries: 0,
             udp: udp::Budget::default(),
+            news: News::new(),
         };
         Arc::new(Self { table: Mutex::new(table), changes: watch::Sender::new(0) })
     }
@@ -197,7 +201,7 @@ impl Forwards {
         let whole = matches!(event, PortsEvent::All(_));
         let open = {
             let mut table = self.table();
-            let Table { policy, listeners, refused, .. } = &mut *table;
+            let Table { policy, listeners, refused, news, .. } = &mut *table;
             let added = match event {
                 PortsEvent::All(all) => {
                     listeners.clear();
@@ -217,7 +221,7 @@ impl Forwards {
             };
             let room = MAX_LISTENERS.saturating_sub(listeners.len());
             if added.len() > room {
-                tracing::warn!(reported = added.len(), room, "the guest listens on too much: rest ignored");
+                news.too_many(added.len(), room);
             }
             let added: Vec<_> = added.into_iter().take(room).collect();
             listeners.extend(&added);
@@ -233,7 +237,7 @@ impl Forwards {
     /// to wait is looked at again only when somebody has left: an event of one listener beside thousands costs little.
     fn settle<O: Opener>(&self, open: Open, opener: &O) {
         let mut table = self.table();
-        let Table { policy, listeners, bound, refused, kept, retries, udp } = &mut *table;
+        let Table { policy, listeners, bound, refused, kept, retries, udp, news } = &mut *table;
         let statics: BTreeSet<Listener> = policy.statics().collect();
         let mut released = false;
         bound.retain(|end, bound| {
@@ -267,8 +271,13 @@ impl Forwards {
         let mut taken: BTreeMap<HostEnd, Listener> =
             bound.iter().map(|(end, bound)| (*end, bound.guest)).collect();
         for guest in wanted {
-            refused.remove(&guest);
-            let mut refuse = |why, until| _ = refused.insert(guest, Refusal { why, until });
+            let before = refused.remove(&guest);
+            let mut refuse = |why: String, until| {
+                if before.as_ref().is_none_or(|before| before.why != why) {
+                    news.refused(&guest, &why);
+                }
+                refused.insert(guest, Refusal { why, until });
+            };
             let ends = match policy.decide(&guest, &taken) {
                 Decision::Refuse(why) => {
                     refuse(why, Until::Ever);

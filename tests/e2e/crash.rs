@@ -281,6 +281,9 @@ fn kill_the_device(vm: &Vm) {
         process::kill(device);
         life.assert_back("the device");
         wait_for_new(vm, DEVICE, device);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid_of(DEVICE))).unwrap();
+        // "SECCOMP_MODE_FILTER" (proc_pid_status(5)).
+        assert!(status.contains("Seccomp:\t2"), "the device is not confined: {status}");
         assert_eq!(vm.pid_of(QEMU), qemu);
         writer.end();
     }

@@ -2,7 +2,7 @@
 //!
 //! `cargo test -p dhow-tests --test e2e -- FILTER` runs the cases whose names hold FILTER, or one of
 //! 'FILTER|FILTER'; `--skip`, `--exact` and `--list` are as with Rust's own tests. The files under test come from `make`, or from
-//! DHOW_BIN, DHOW_IMAGE, DHOW_GUEST_TOOL and DHOW_BUSYBOX.
+//! DHOW_BIN, DHOW_IMAGE, DHOW_GUEST_TOOL, DHOW_BUSYBOX and DHOW_FIO.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 

@@ -1,5 +1,6 @@
 //! Which of the guest's ports are where on the host, and when.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,9 +8,10 @@ use std::time::Duration;
 
 use dhow_tests::command::{Cmd, Running};
 use dhow_tests::net::{accepts, ask, check_echo, connect, free_port, local, read_all, try_connect};
-use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
+use dhow_tests::{IMAGE, Pty, SOON, TOOL, Vm, cases, wait_for, wait_until};
 
-cases![Shared: every_address_of_the_guest, two_listeners_on_one_port, a_range_of_ports, ports_are_watched,
+cases![Shared: every_address_of_the_guest, two_listeners_on_one_port, a_range_of_ports, a_compose_stack,
+    a_server_in_a_shell, a_port_below_1024, ports_are_watched,
     datagrams_of_several_clients, a_name_server_in_a_container, clients_of_the_guest_are_no_servers,
     without_the_userland_proxy, there_when_docker_run_returns, twenty_published_at_once,
     published_again_and_again, connections_outlive_their_listener, a_restart_of_dockerd_refuses_nobody,
@@ -129,6 +131,71 @@ fn a_range_of_ports(vm: &Vm) {
     for port in first..=first + 10 {
         check_echo(local(port), port.into(), 1000);
     }
+}
+
+/// Two services, one of which has a range of ports.
+fn a_compose_stack(vm: &Vm) {
+    let (first, single) = (free_range(11), free_port());
+    let last = first + 10;
+    let stack = format!(
+        r#"
+services:
+  many:
+    image: {IMAGE}
+    command: sh -c 'for port in $$(seq {first} {last}); do guest-tool serve 0.0.0.0:$$port & done; wait'
+    init: true
+    ports: ["{first}-{last}:{first}-{last}"]
+  single:
+    image: {IMAGE}
+    command: guest-tool serve 0.0.0.0:7000
+    init: true
+    ports: ["127.0.0.1:{single}:7000"]
+"#
+    );
+    let compose = |what: &[&str]| {
+        let command = vm.exec(&["docker", "compose", "-p", "e2e", "-f", "-"]).args(what);
+        command.stdin(stack.clone()).deadline(RETURN).run()
+    };
+    let up = compose(&["up", "-d"]);
+    let worked = std::panic::catch_unwind(|| {
+        assert!(up.status.success(), "{up}");
+        for port in (first..=last).chain([single]) {
+            check_echo(local(port), u64::from(port), 1000);
+        }
+    });
+    let down = compose(&["down", "-t", "1"]);
+    worked.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+    assert!(down.status.success(), "{down}");
+    wait_until("the ports' end", SOON, || {
+        !(first..=last).chain([single]).any(|port| accepts(Ipv4Addr::LOCALHOST, port))
+    });
+}
+
+fn a_server_in_a_shell(vm: &Vm) {
+    let port = free_port();
+    let mut shell = Pty::spawn(vm.dhow(&["shell"]), 24, 80);
+    shell.send(&format!("{TOOL} serve 127.0.0.1:{port}\r"));
+    shell.expect("listening");
+    check_echo(local(port), 1, 1000);
+    shell.send("\x03");
+    shell.send("exit\r");
+    shell.wait();
+    wait_until("the forward's end", SOON, || !accepts(Ipv4Addr::LOCALHOST, port));
+}
+
+/// At the same number where the host lets this user bind it, and not at all where it does not.
+fn a_port_below_1024(vm: &Vm) {
+    let try_bind = |port: &u16| TcpListener::bind(local(*port)).map_err(|error| error.kind());
+    let port = (600..1024).find(|port| !matches!(try_bind(port), Err(ErrorKind::AddrInUse))).unwrap();
+    let may_bind = try_bind(&port).is_ok();
+    let container = published(vm, port);
+    if may_bind {
+        check_echo(local(port), 1, 1000);
+    } else {
+        wait_until("its reason", SOON, || listed(vm, "tcp", port).iter().any(|(_, host)| host.is_err()));
+        assert!(!accepts(Ipv4Addr::LOCALHOST, port));
+    }
+    drop(container);
 }
 
 fn ports_are_watched(vm: &Vm) {

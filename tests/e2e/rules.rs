@@ -1,10 +1,11 @@
 //! A profile with rules: other ports, other addresses, sockets, and services of the host for the guest.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use dhow_tests::net::{accepts, check_echo, free_port, local, own_address};
@@ -40,8 +41,21 @@ struct Ports {
     fixed: u16,
     open: u16,
     low: u16,
+    /// The first of three, in the guest and on the host.
+    range: (u16, u16),
     service: u16,
     secret: u16,
+}
+
+/// The first of three free ports, below those that the system gives to clients: of the others UDP servers are not forwarded.
+fn free_range() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    loop {
+        let first = NEXT.fetch_add(3, Ordering::Relaxed);
+        if (first..first + 3).all(|port| TcpListener::bind(local(port)).is_ok()) {
+            return first;
+        }
+    }
 }
 
 fn what_a_profile_says() {
@@ -55,6 +69,7 @@ fn what_a_profile_says() {
         fixed: free_port(),
         open: free_port(),
         low: free_port(),
+        range: (free_range(), free_range()),
         service: reverse_tcp(),
         secret: reverse_tcp(),
     };
@@ -76,7 +91,7 @@ fn what_a_profile_says() {
 }
 
 fn write_profile(vm: &Vm, ports: &Ports, containerd: &Path, backwards: &Path) {
-    let Ports { moved: (guest, host), ignored, fixed, open, low, service, .. } = *ports;
+    let Ports { moved: (guest, host), ignored, fixed, open, low, range, service, .. } = *ports;
     let text = format!(
         r#"
 host-ports = [{service}]
@@ -85,6 +100,16 @@ forward-agent = true
 [[forward]]
 guest = {ignored}
 ignore = true
+
+# The first one that fits has decided.
+[[forward]]
+guest = {ignored}
+host = {ignored}
+
+[[forward]]
+guest = "{first}-{last}"
+host = "{to_first}-{to_last}"
+protocol = "tcp"
 
 [[forward]]
 guest = "0.0.0.0:{guest}"
@@ -113,6 +138,10 @@ listen = "guest"
 host = "{backwards}"
 guest = "/run/test/backwards.sock"
 "#,
+        first = range.0,
+        last = range.0 + 2,
+        to_first = range.1,
+        to_last = range.1 + 2,
         containerd = containerd.display(),
         backwards = backwards.display()
     );
@@ -133,14 +162,19 @@ fn forwards_follow_the_rules(vm: &Vm, ports: &Ports) {
         running.expect("listening");
         running
     };
-    let servers = [ports.fixed, ports.moved.0, ports.ignored, ports.open, 80].map(serve);
+    let [from, to] = [ports.range.0, ports.range.1];
+    let guests = [ports.fixed, ports.moved.0, ports.ignored, ports.open, 80, from, from + 2];
+    let servers = guests.map(serve);
+    // The rule is for TCP: over UDP the port stays the same.
+    let datagrams = vm.exec(&[TOOL, "datagrams", &format!("0.0.0.0:{from}")]).spawn();
+    datagrams.expect("listening");
     let mut early = early;
     early.set_read_timeout(Some(SOON)).unwrap();
     early.write_all(b"source 5 1\n").unwrap();
     let mut said = Vec::new();
     early.read_to_end(&mut said).expect("who came early is served");
     assert_eq!(said.len(), 5);
-    for port in [ports.fixed, ports.moved.1, ports.open, ports.low] {
+    for port in [ports.fixed, ports.moved.1, ports.open, ports.low, to, to + 2] {
         drop(dhow_tests::net::connect(local(port)));
         check_echo(local(port), 1, 10_000);
     }
@@ -152,7 +186,14 @@ fn forwards_follow_the_rules(vm: &Vm, ports: &Ports) {
         line.filter(|line| line.contains("ignores")).map(str::to_owned).ok_or(text)
     });
     assert!(!accepts(Ipv4Addr::LOCALHOST, ports.ignored), "{text}");
-    drop(servers);
+    assert!(!accepts(Ipv4Addr::LOCALHOST, from) && !accepts(Ipv4Addr::LOCALHOST, to + 1));
+    let client = UdpSocket::bind(local(0)).unwrap();
+    client.connect(local(from)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    wait_for("an answer over UDP", SOON, || {
+        client.send(b"x").and_then(|_| client.recv(&mut [0; 8])).map_err(|error| error.to_string())
+    });
+    drop((servers, datagrams));
     wait_until("the forward's end", SOON, || !accepts(Ipv4Addr::LOCALHOST, ports.moved.1));
     assert!(accepts(Ipv4Addr::LOCALHOST, ports.fixed), "a static forward stays");
 }

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use super::super::control::{FromDevice, ToDevice};
+use super::super::control::{FromDevice, Reason, ToDevice};
 use super::super::credit::WINDOW;
 use super::super::muxer::MAX_CONNECTIONS;
 use super::super::packet::{Op, SHUTDOWN_SEND};
@@ -140,9 +140,14 @@ fn without_receive_buffers_nothing_spins() {
 #[ignore = "the process that the other tests start"]
 fn storm_process() {
     let mut guest = Guest::new();
-    storm(&mut guest, 300);
+    let all = |guest: &mut Guest, count| {
+        storm(guest, count);
+        dying_readers(guest);
+        more_than_there_is_room_for(guest);
+    };
+    all(&mut guest, 300);
     let before = (open_fds(), resident());
-    storm(&mut guest, 10_000);
+    all(&mut guest, 10_000);
     let after = (open_fds(), resident());
     assert_eq!(after.0, before.0, "fds");
     assert!(after.1 <= before.1 + (8 << 20), "{} bytes before, {} after", before.1, after.1);
@@ -193,6 +198,56 @@ fn storm(guest: &mut Guest, count: u32) {
         assert!(guest.inbox.is_empty());
     }
     assert_eq!(guest.connections(), 0);
+}
+
+/// A hundred clients that read nothing, and die in mid-flow.
+fn dying_readers(guest: &mut Guest) {
+    let slow: Vec<_> = (0..100)
+        .map(|id| {
+            let (stream, ours) = guest.open_pair(id);
+            for chunk in pattern(WINDOW as usize).chunks(65_536) {
+                guest.send(stream.header(Op::Rw), chunk, &[44, 32_768]);
+            }
+            guest.inbox.clear();
+            ours
+        })
+        .collect();
+    assert_eq!(guest.connections(), 100);
+    drop(slow);
+    nobody_is_left(guest);
+}
+
+/// Ten thousand opens at once, of which the guest answers none.
+fn more_than_there_is_room_for(guest: &mut Guest) {
+    const OPENS: usize = 10_000;
+    let mut refused = 0;
+    let mut count = |guest: &mut Guest| {
+        while let Some(answer) = guest.try_answer() {
+            assert!(matches!(answer, FromDevice::Failed { reason: Reason::TooMany, .. }), "{answer:?}");
+            refused += 1;
+        }
+        guest.inbox.clear();
+        refused
+    };
+    for id in 0..OPENS as u32 {
+        guest.ask(open(id), None);
+        count(guest);
+    }
+    guest.until("the refusals", |guest| (count(guest) == OPENS - MAX_CONNECTIONS).then_some(()));
+    assert!(!guest.busy());
+    for id in 0..OPENS as u32 {
+        guest.ask(ToDevice::Cancel { id }, None);
+        while guest.try_answer().is_some() {}
+    }
+    nobody_is_left(guest);
+}
+
+fn nobody_is_left(guest: &mut Guest) {
+    guest.until("their end", |guest| {
+        guest.inbox.clear();
+        while guest.try_answer().is_some() {}
+        (guest.connections() == 0).then_some(())
+    });
 }
 
 fn open_fds() -> usize {

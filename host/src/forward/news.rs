@@ -25,7 +25,7 @@ impl News {
     /// A listener has no host port, or another reason than before.
     pub(super) fn refused(&mut self, guest: &Listener, why: &str) {
         if self.may_say() {
-            tracing::warn!(guest = %endpoint(guest), protocol = ?guest.protocol, why, "a port is not forwarded");
+            tracing::info!(guest = %endpoint(guest), protocol = ?guest.protocol, why, "a port is not forwarded");
         }
     }
 

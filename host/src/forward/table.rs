@@ -272,20 +272,15 @@ impl Forwards {
             bound.iter().map(|(end, bound)| (*end, bound.guest)).collect();
         for guest in wanted {
             let before = refused.remove(&guest);
-            let mut refuse = |why: String, until| {
-                if before.as_ref().is_none_or(|before| before.why != why) {
-                    news.refused(&guest, &why);
-                }
-                refused.insert(guest, Refusal { why, until });
-            };
+            let mut refuse = |why, until| _ = refused.insert(guest, Refusal { why, until });
             let ends = match policy.decide(&guest, &taken) {
                 Decision::Refuse(why) => {
                     refuse(why, Until::Ever);
-                    continue;
+                    Vec::new()
                 }
                 Decision::Wait(why) => {
                     refuse(why, Until::Released);
-                    continue;
+                    Vec::new()
                 }
                 Decision::Bind(ends) => ends,
             };
@@ -306,6 +301,11 @@ impl Forwards {
                         refuse(sentence(end.address, &error), until);
                     }
                 }
+            }
+            if let Some(refusal) = refused.get(&guest)
+                && before.as_ref() != Some(refusal)
+            {
+                news.refused(&guest, &refusal.why);
             }
         }
         let taken_by_others = refused.values().any(|refusal| refusal.until == Until::Tried);

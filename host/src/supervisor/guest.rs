@@ -23,7 +23,7 @@ use super::leavers::Leavers;
 use super::spares::Spares;
 use super::turnstile::Turnstile;
 use crate::vsock::client::DeviceClient;
-use crate::vsock::{OpenRequest, PendingStream, Transport, TransportError};
+use crate::vsock::{OpenRequest, PendingStream, Reason, Transport, TransportError};
 
 /// How long the guest may take to answer a hello. With the device's own margin it is below what a command
 /// waits.
@@ -90,15 +90,17 @@ impl Opener {
         words: &[u8],
         deadline: Duration,
     ) -> Result<PendingStream, OpenError> {
+        // A command is not to be run twice either.
+        let once = !words.is_empty() || matches!(header, StreamHeader::Exec(_));
         let end = Instant::now() + deadline;
         let mut left = deadline;
         let mut device = self.device.clone();
         loop {
             let client = device.borrow_and_update().clone();
             if let Some(client) = client {
-                match self.open_through(&client, header, words, left).await {
+                match self.open_through(&client, header, words, once, left).await {
                     Err(OpenError::Transport(TransportError::DeviceGone)) => {}
-                    Err(OpenError::Transport(TransportError::DeviceLost)) if words.is_empty() => {}
+                    Err(OpenError::Transport(TransportError::DeviceLost)) if !once => {}
                     result => return result,
                 }
             }
@@ -114,25 +116,26 @@ impl Opener {
         client: &DeviceClient,
         header: &StreamHeader,
         words: &[u8],
+        once: bool,
         deadline: Duration,
     ) -> Result<PendingStream, OpenError> {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce).map_err(|error| io::Error::other(error.to_string()))?;
         let mut preamble = Hello::preamble(&self.secret, nonce, header)?;
         preamble.extend_from_slice(words);
-        let pending = self.say(client, preamble, !words.is_empty(), deadline).await?;
+        let pending = self.say(client, preamble, once, deadline).await?;
         self.spares.fill(client);
         HelloReply::parse(pending.reply(), &self.secret, &nonce)?;
         Ok(pending)
     }
 
-    /// Says a hello on a stream that was opened ahead, or on a new one. Where it `has_words` of a client with it, it is not
-    /// said again if it may have been heard.
+    /// Says a hello on a stream that was opened ahead, or on a new one. What is to be said `once` is not said again where
+    /// any of it may have been heard.
     async fn say(
         &self,
         client: &DeviceClient,
         preamble: Vec<u8>,
-        has_words: bool,
+        once: bool,
         deadline: Duration,
     ) -> Result<PendingStream, TransportError> {
         let end = Instant::now() + deadline;
@@ -141,12 +144,13 @@ impl Opener {
             match spare.exchange(preamble.clone(), REPLY_LEN, left()).await {
                 Ok(pending) => return Ok(pending),
                 Err(TransportError::Deadline(_)) => return Err(TransportError::Deadline(deadline)),
-                // The device is silent, and another spare would wait as long; or it had the words already.
-                Err(error @ TransportError::DeviceLost) if left().is_zero() || has_words => {
-                    return Err(error);
+                // It had died before, with the worker or the device that it led to.
+                Err(error @ (TransportError::Reset(Reason::Unknown) | TransportError::DeviceGone)) => {
+                    tracing::debug!(%error, "a stream that was opened ahead is of no use");
                 }
-                // It has died since, with the worker or the device that it led to. Nothing of it was relayed: the reply
-                // comes before that, and would have come before its end.
+                Err(error) if once => return Err(error),
+                // The device is silent: another spare would wait as long.
+                Err(error) if left().is_zero() => return Err(error),
                 Err(error) => tracing::debug!(%error, "a stream that was opened ahead is of no use"),
             }
         }
@@ -165,7 +169,7 @@ impl Opener {
         };
         let mut turn = self.turnstile.turn(group).await;
         let mut leave = None;
-        let words = match FirstWords::take(&fd) {
+        let words = match FirstWords::of(&fd) {
             FirstWords::None => Vec::new(),
             FirstWords::Some(words) => words,
             FirstWords::Reset => return Err(OpenError::Reset),
@@ -194,6 +198,7 @@ impl Opener {
                 opening.await?
             }
         };
+        FirstWords::take_off(&fd, &words)?;
         Ok(pending.attach_of(group, fd).await?)
     }
 

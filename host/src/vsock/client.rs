@@ -48,11 +48,17 @@ struct Waiting {
     gone: watch::Sender<bool>,
 }
 
+/// Who waits for an answer; told `None` when the device goes and never had the request, and nothing when it may have.
+#[derive(Debug)]
+struct Asker {
+    sender: oneshot::Sender<Option<FromDevice>>,
+    sent: bool,
+}
+
 #[derive(Debug, Default)]
 struct WaitingState {
     last_id: u32,
-    /// They are told nothing at all when the device goes, and `None` when it never had their request.
-    askers: HashMap<u32, oneshot::Sender<Option<FromDevice>>>,
+    askers: HashMap<u32, Asker>,
     gone: bool,
 }
 
@@ -74,7 +80,7 @@ impl Waiting {
             return Err(TransportError::DeviceGone);
         }
         let (asker, answer) = oneshot::channel();
-        state.askers.insert(id, asker);
+        state.askers.insert(id, Asker { sender: asker, sent: false });
         Ok(answer)
     }
 
@@ -89,27 +95,28 @@ impl Waiting {
         // Nobody waits where a stream failed before its fd came: attach will say so.
         let asker = self.lock().askers.remove(&id);
         if let Some(asker) = asker {
-            let _ = asker.send(Some(message));
+            let _ = asker.sender.send(Some(message));
         }
     }
 
-    /// The device has not been asked, and will not be.
-    fn unsent(&self, message: &ToDevice) {
+    /// Whether the device may have this.
+    fn note_sent(&self, message: &ToDevice, sent: bool) {
         let (ToDevice::Open { id, .. }
         | ToDevice::Attach { id, .. }
         | ToDevice::Cancel { id }
         | ToDevice::Stats { id }
         | ToDevice::Exchange { id, .. }) = message;
-        let asker = self.lock().askers.remove(id);
-        if let Some(asker) = asker {
-            let _ = asker.send(None);
+        if let Some(asker) = self.lock().askers.get_mut(id) {
+            asker.sent = sent;
         }
     }
 
     fn device_gone(&self) {
         let mut state = self.lock();
         state.gone = true;
-        state.askers.clear();
+        for asker in std::mem::take(&mut state.askers).into_values().filter(|asker| !asker.sent) {
+            let _ = asker.sender.send(None);
+        }
         drop(state);
         self.gone.send_replace(true);
     }
@@ -309,6 +316,7 @@ async fn write_requests(
 ) {
     while let Some(Outgoing { message, fd }) = queue.recv().await {
         let bytes = message.encode();
+        waiting.note_sent(&message, true);
         let sent = socket
             .async_io(Interest::WRITABLE, || {
                 control_socket::send(&*socket, &bytes, fd.as_ref().map(AsFd::as_fd))
@@ -316,11 +324,7 @@ async fn write_requests(
             .await;
         if let Err(error) = sent {
             tracing::error!(%error, "the vsock device takes no requests");
-            waiting.unsent(&message);
-            queue.close();
-            while let Ok(Outgoing { message, .. }) = queue.try_recv() {
-                waiting.unsent(&message);
-            }
+            waiting.note_sent(&message, false);
             waiting.device_gone();
             return;
         }

@@ -23,7 +23,7 @@
 //! ```
 //!
 //! `Gone` with the host `Opened` or `Attached` is *draining*: the guest finished properly, and what it sent is still
-//! to be written to the fd. Between `Attached` and `Closed` may lie `Leaving`: all is written, and the client has not
+//! to be written to the fd; or it was cut before there was one, which then gets what was sent and is reset. Between `Attached` and `Closed` may lie `Leaving`: all is written, and the client has not
 //! taken it yet. A connection may be forgotten when the guest is `Gone` and the host `Closed`.
 //!
 //! Each half ends on its own: EOF on the fd becomes SHUTDOWN(SEND) to the guest, and the guest's SHUTDOWN(SEND)
@@ -128,6 +128,8 @@ pub struct Connection {
     write_closed: bool,
     update_asked: bool,
     rst_due: bool,
+    /// The guest has cut it before the fd came: that gets what is buffered, and is reset.
+    cut_before_fd: bool,
     failure: Option<Reason>,
 }
 
@@ -156,6 +158,7 @@ impl Connection {
             write_closed: false,
             update_asked: false,
             rst_due: false,
+            cut_before_fd: false,
             failure: None,
         }
     }
@@ -258,6 +261,13 @@ impl Connection {
 
     /// As [`Self::abort`], for a guest that has forgotten the connection already.
     pub fn cut(&mut self, reason: Reason) {
+        let answered = matches!(self.host, Host::Opened) && !self.buffer.is_empty();
+        if answered && matches!(reason, Reason::GuestReset | Reason::GuestClosed) && self.guest != Guest::Gone
+        {
+            self.guest = Guest::Gone;
+            self.cut_before_fd = true;
+            return;
+        }
         self.guest = Guest::Gone;
         self.buffer = VecDeque::new();
         match std::mem::replace(&mut self.host, Host::Closed) {
@@ -299,6 +309,9 @@ impl Connection {
             self.stop_reading();
         }
         self.flush();
+        if self.cut_before_fd {
+            self.cut(Reason::GuestReset);
+        }
     }
 
     /// The fd's socket became readable, writable or broken.

@@ -540,6 +540,35 @@ fn a_cut_before_the_fd_comes_resets_it() {
     assert!(read_to_the_end(&mut guest, &client).1);
 }
 
+/// A server may answer what came with the hello, and be cut, before the fd comes: the answer is the client's all the same.
+#[test]
+fn an_answer_before_the_fd_comes_outlives_a_cut() {
+    let mut guest = Guest::new();
+    for by_rst in [false, true] {
+        let stream = guest.open(1, &[], 0);
+        guest.answer();
+        guest.send(stream.header(Op::Rw), b"answer", &[]);
+        if by_rst {
+            guest.send(stream.header(Op::Rst), &[], &[]);
+        } else {
+            guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+            guest.expect(Op::Rst);
+        }
+        let (client, fd) = tcp_pair();
+        guest.attach(1, fd);
+        assert_eq!(read_to_the_end(&mut guest, &client), (b"answer".to_vec(), true));
+        assert_eq!(guest.connections(), 0);
+    }
+    // Nobody comes for it.
+    let stream = guest.open(2, &[], 0);
+    guest.answer();
+    guest.send(stream.header(Op::Rw), b"answer", &[]);
+    guest.send(stream.shutdown(SHUTDOWN_BOTH), &[], &[]);
+    guest.expect(Op::Rst);
+    guest.ask(ToDevice::Cancel { id: 2 }, None);
+    assert_eq!(guest.connections(), 0);
+}
+
 #[test]
 fn halves_that_end_one_by_one_are_an_end() {
     for first in [SHUTDOWN_SEND, SHUTDOWN_RCV] {

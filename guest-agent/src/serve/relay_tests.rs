@@ -166,8 +166,8 @@ async fn a_slow_reader_loses_nothing_and_holds_its_writer_up() {
     within(relaying).await.unwrap().unwrap();
 }
 
-async fn leaves(relay: Relay, lane: Load) -> Relay {
-    match within(relay.run(lane)).await {
+async fn leaves(relay: Relay, load: Load) -> Relay {
+    match within(relay.run(load)).await {
         Step::Leaves(relay) => relay,
         Step::Ended(ended) => panic!("ended: {ended:?}"),
     }
@@ -203,6 +203,33 @@ async fn bulk_data_leaves_the_quick_lane_and_small_pieces_the_bulk_lane() {
     let relay = leaves(relay.pack().unpack().unwrap(), Load::Bulk).await;
     let carried = within(run_out(relay.pack().unpack().unwrap())).await.unwrap();
     assert_eq!(carried, Carried { there: (16 << 20) + 500 * 64, back: 500 * 64 });
+    exchanging.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_relay_leaves_the_lane_of_new_ones_after_some_pieces() {
+    let (agent, mut host) = pair();
+    let (client, mut server) = tcp_pair().await;
+    let exchanging = tokio::spawn(async move {
+        exchange(&mut host, &mut server, 64, 100).await;
+        exchange(&mut server, &mut host, 64, 100).await;
+    });
+    let relay = leaves(Relay::new(agent, client), Load::New).await;
+    let lane = Lane::start("quick").unwrap();
+    let moving = relay.pack();
+    let ran = lane.spawn(async move { go_on(moving.unpack().unwrap()).await });
+    let carried = within(ran).await.unwrap().unwrap();
+    assert_eq!(carried, Carried { there: 100 * 64, back: 100 * 64 });
+    exchanging.await.unwrap();
+    // One exchange is none of them.
+    let (agent, mut host) = pair();
+    let (client, mut server) = tcp_pair().await;
+    let exchanging = tokio::spawn(async move {
+        exchange(&mut host, &mut server, 64, 1).await;
+        exchange(&mut server, &mut host, 64, 1).await;
+    });
+    let step = within(Relay::new(agent, client).run(Load::New)).await;
+    assert!(matches!(step, Step::Ended(Ok(Carried { there: 64, back: 64 }))), "{step:?}");
     exchanging.await.unwrap();
 }
 

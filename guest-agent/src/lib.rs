@@ -9,5 +9,6 @@ pub mod init;
 pub mod logs;
 pub mod mounts;
 pub mod ports;
+mod resolv_conf;
 pub mod runtimes;
 pub mod serve;

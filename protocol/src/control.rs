@@ -70,6 +70,17 @@ pub enum ControlRequest {
     },
     /// End everything, write back, unmount, power off. Answered before it begins.
     PowerOff,
+    /// How names are completed from now on. A container takes this over when it starts.
+    SetSearch(SearchList),
+}
+
+/// How short names are completed (resolv.conf(5): `search` and `options ndots`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct SearchList {
+    /// Domains that are tried, in their order.
+    pub domains: Vec<String>,
+    /// Names with that many dots are tried as they are first; the resolver's own default (1) without it.
+    pub ndots: Option<u8>,
 }
 
 /// A share to mount.

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -443,9 +443,14 @@ fn kill_qemu() {
     vm.stop();
 }
 
-/// As when the host loses power: sockets and state files of dead processes lie about.
+/// As when the host loses power: sockets and state files of dead processes lie about, and the host has another boot id
+/// when somebody looks at them.
 fn kill_all_at_once() {
-    let vm = Vm::new();
+    let mut vm = Vm::new();
+    let boot = vm.beside("boot-id");
+    let reboot = |round: u32| std::fs::write(&boot, format!("{round:08x}-0000-4000-8000-000000000000\n"));
+    reboot(0).unwrap();
+    vm.show(&boot, Path::new("/proc/sys/kernel/random/boot_id"));
     vm.start(&[]);
     for round in 0..repetitions() {
         // At once: none of them has the time to bring another back.
@@ -454,8 +459,12 @@ fn kill_all_at_once() {
         }
         process::end_all(&vm.dhow_home());
         assert!(vm.run("docker.sock").exists(), "nobody has cleaned up");
+        reboot(round + 1).unwrap();
         // QEMU's memory takes a moment to go: until then there is a VM to take over.
         wait_until("the profile is seen to be stopped", BACK, || vm.status()["state"] == "stopped");
+        let status = vm.status();
+        let told = status["problem"].as_str().is_some_and(|problem| problem.contains("host was restarted"));
+        assert!(told, "{status}");
         if round % 2 == 0 {
             let stopped = vm.dhow(&["stop"]).run().exits(0);
             assert!(!stopped.all().is_empty());

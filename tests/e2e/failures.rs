@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use dhow_tests::command::{Cmd, Output};
 use dhow_tests::settings::in_path;
 use dhow_tests::vm::START;
-use dhow_tests::{SOON, Settings, Vm, cases, wait_for};
+use dhow_tests::{SOON, Settings, Vm, cases, process, wait_for};
 
 cases![Own: no_qemu, no_image, a_damaged_image, mount_paths_that_do_not_work, bad_sizes, an_unknown_key,
     a_kernel_that_is_none, a_guest_that_panics, a_guest_that_never_answers, no_room_for_the_start,
@@ -179,6 +179,33 @@ fn no_room_for_docker() {
     drop(small);
 }
 
+/// Where there is no room for new settings the old ones stay whole, and so does what a new supervisor must know.
+fn settings_outlive_a_full_disk(vm: &Vm) {
+    let profile = vm.dhow_home().join("config/profiles/default.toml");
+    let record = vm.run("vm.record");
+    let [before, known] = [&profile, &record].map(|path| fs::read(path).unwrap());
+    // Longer than what is there, wherever a few bytes are free.
+    let mounts: Vec<String> = (0..200).map(|number| format!("{}/{number}:ro", vm.home().display())).collect();
+    for mount in &mounts {
+        fs::create_dir_all(mount.trim_end_matches(":ro")).unwrap();
+    }
+    let arguments: Vec<&str> = mounts.iter().flat_map(|mount| ["--mount", mount]).collect();
+    let output = vm.start_command(&arguments).run();
+    assert_eq!(output.status.code(), Some(1), "{output}");
+    output.says("No space left").says("hint");
+    assert_eq!(fs::read_to_string(&profile).unwrap().as_bytes(), before, "the profile has changed");
+    let supervisor = vm.pid_of(" supervisor ");
+    process::kill(supervisor);
+    wait_for("another supervisor", SOON, || {
+        let all = vm.processes();
+        let new =
+            |process: &process::Process| process.line.contains(" supervisor ") && process.pid != supervisor;
+        if all.iter().any(new) { Ok(()) } else { Err(format!("{all:?}")) }
+    });
+    assert_eq!(fs::read(&record).unwrap().len(), known.len(), "the VM's record is not whole");
+    assert_eq!(fs::read(&profile).unwrap(), before);
+}
+
 /// The host's disk is full while the guest writes: the VM pauses, and goes on when there is room.
 fn a_host_disk_that_fills_up() {
     let vm = Vm::new();
@@ -199,6 +226,7 @@ fn a_host_disk_that_fills_up() {
         let problem = status["problem"].as_str().unwrap_or_default();
         if problem.contains("disk is full") { Ok(()) } else { Err(status.to_string()) }
     });
+    settings_outlive_a_full_disk(&vm);
     drop(file);
     fs::remove_file(&ballast).unwrap();
     wait_for("the VM that goes on", SOON, || {

@@ -8,8 +8,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use dhow_tests::command::Running;
 use dhow_tests::net::{
-    accepts, ask, ask_at, check_download, check_echo, check_upload, connect, free_port, local, own_address,
-    read_all,
+    accepts, ask, ask_at, check_download, check_echo, check_upload, connect, free_port, listening, local,
+    own_address, read_all,
 };
 use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
 
@@ -51,6 +51,9 @@ fn a_published_port_serves_on_the_loopback_alone(vm: &Vm) {
     assert!(!accepts(own_address(), port), "the port is open to the network");
     let listed = vm.dhow(&["ports"]).ok();
     assert!(listed.contains(&format!("127.0.0.1:{port}")), "{listed}");
+    let bound = listening(&vm.processes());
+    assert!(bound.contains(&local(port)), "{bound:?}");
+    assert!(bound.iter().all(|address| address.ip().is_loopback()), "open to the network: {bound:?}");
     drop(container);
     wait_until("the forward's end", SOON, || !accepts(Ipv4Addr::LOCALHOST, port));
 }

@@ -8,14 +8,17 @@
 
 mod cli;
 mod crash;
+mod datagrams;
 mod docker;
 mod failures;
+mod floods;
 mod forwards;
 mod lifecycle;
 mod mounts;
 mod network;
 mod ports;
 mod profiles;
+mod published;
 mod rules;
 mod selftest;
 mod unprivileged;
@@ -36,6 +39,9 @@ fn cases() -> Vec<Case> {
         mounts::cases(),
         network::cases(),
         ports::cases(),
+        datagrams::cases(),
+        published::cases(),
+        floods::cases(),
         crash::cases(),
         lifecycle::cases(),
         failures::cases(),

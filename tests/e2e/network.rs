@@ -2,12 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dhow_tests::net::{local, own_address, try_connect};
-use dhow_tests::settings::in_path;
-use dhow_tests::{Vm, cases};
+use dhow_tests::{SOON, Vm, cases, wait_for, wait_until};
 
 cases![Shared: names_of_the_hosts_file, a_server_of_the_hosts_network, the_hosts_loopback_is_closed,
     names_of_dhow, containers_reach_each_other; Own: names_proxies_and_name_servers_of_the_host];
@@ -222,31 +222,32 @@ fn name_answer(query: &[u8], address: Ipv4Addr, over_tcp: bool) -> Vec<u8> {
     answer
 }
 
-/// The host's resolver settings are replaced in a mount namespace of the VM's processes alone.
-fn names_proxies_and_name_servers_of_the_host() {
-    assert!(
-        nix::unistd::geteuid().is_root(),
-        "this case needs root, for a mount namespace of its own: use `sudo`"
+/// The addresses of a name as programs look it up in a container, which completes it if it is short.
+fn pinged(vm: &Vm, options: &[&str], name: &str) -> String {
+    // Of "PING name (address): 56 data bytes" the first line is enough: nobody may be there.
+    vm.docker_run(options, &["timeout", "5", "ping", "-c", "1", "-w", "1", name]).run().all()
+}
+
+/// What a container hears over TCP from its name server for the address of `many.corp.test` (RFC 1035, 4.1 and 4.2.2).
+fn asked_over_tcp(vm: &Vm, options: &[&str]) -> usize {
+    let query = r"\0\040\022\064\001\0\0\001\0\0\0\0\0\0\004many\004corp\004test\0\0\001\0\001";
+    let script = format!(
+        "mkfifo /never; server=$(awk '/^nameserver/ {{ print $2; exit }}' /etc/resolv.conf)
+        (printf '{query}'; sleep 5) | nc -w 5 $server 53 | wc -c"
     );
-    let vm = Vm::new().env("HTTP_PROXY", "http://proxy.test:3128").env("no_proxy", "localhost,.test");
+    vm.docker_run(options, &["sh", "-c", &script]).ok().trim().parse().expect("a number of bytes")
+}
+
+/// The host's resolver settings are other ones for the VM's processes alone.
+fn names_proxies_and_name_servers_of_the_host() {
+    let mut vm = Vm::new().env("HTTP_PROXY", "http://proxy.test:3128").env("no_proxy", "localhost,.test");
     let server = NameServer::at(Ipv4Addr::new(127, 0, 0, 57), Ipv4Addr::new(10, 20, 30, 40)).unwrap();
     let (hosts, resolv) = (vm.home().join("hosts"), vm.home().join("resolv"));
     std::fs::write(&hosts, "127.0.0.1 localhost\n10.9.8.7 db.corp.test db\n").unwrap();
-    std::fs::write(&resolv, "nameserver 127.0.0.57\n").unwrap();
-    let start = vm.start_command(&[]).to_std();
-    let mut line: Vec<String> = vec![start.get_program().to_string_lossy().into_owned()];
-    line.extend(start.get_args().map(|argument| argument.to_string_lossy().into_owned()));
-    let script = format!(
-        "mount --bind '{}' /etc/hosts && mount --bind '{}' /etc/resolv.conf && exec \"$@\"",
-        hosts.display(),
-        resolv.display()
-    );
-    vm.command(&in_path("unshare").expect("unshare"))
-        .args(["--mount", "sh", "-c", &script, "sh"])
-        .args(line)
-        .deadline(dhow_tests::vm::START)
-        .run()
-        .exits(0);
+    std::fs::write(&resolv, "nameserver 127.0.0.57\nsearch other.test corp.test\n").unwrap();
+    vm.show(&hosts, Path::new("/etc/hosts"));
+    vm.show(&resolv, Path::new("/etc/resolv.conf"));
+    vm.start(&[]);
     vm.import_image();
 
     let answer = lookup(&vm, "db.corp.test");
@@ -258,11 +259,26 @@ fn names_proxies_and_name_servers_of_the_host() {
     assert_eq!(answer.lines().filter(|line| line.contains("STREAM")).count(), usize::from(MANY), "{answer}");
     let answer = lookup(&vm, "absent.corp.test");
     assert!(answer.contains("NXDOMAIN"), "{answer}");
+    vm.docker(&["network", "create", "own"]).ok();
+    for options in [&[][..], &["--network", "own"]] {
+        let bytes = asked_over_tcp(&vm, options);
+        assert!(bytes > usize::from(MANY) * 16, "{bytes} bytes over TCP with {options:?}");
+        let answer = pinged(&vm, options, "vpn");
+        assert!(answer.contains("(10.20.30.40)"), "a short name with {options:?}: {answer}");
+    }
+    let answer = vm.exec(&["getent", "ahostsv4", "vpn"]).ok();
+    assert!(answer.contains("10.20.30.40"), "{answer}");
+    // Another network of the host's: containers that start from then on complete names as it does now.
+    for (search, known) in [("other.test", false), ("corp.test", true)] {
+        std::fs::write(&resolv, format!("nameserver 127.0.0.57\nsearch {search}\n")).unwrap();
+        wait_for(&format!("the search of {search}"), SOON, || {
+            let answer = pinged(&vm, &[], "vpn");
+            if answer.contains("(10.20.30.40)") == known { Ok(()) } else { Err(answer) }
+        });
+    }
     // The hosts file is read again when it changes; in place, since the mount is of this very file.
     std::fs::write(&hosts, "127.0.0.1 localhost\n10.9.8.8 db.corp.test db\n").unwrap();
-    dhow_tests::wait_until("the new address", dhow_tests::SOON, || {
-        lookup(&vm, "db.corp.test").contains("Address: 10.9.8.8")
-    });
+    wait_until("the new address", SOON, || lookup(&vm, "db.corp.test").contains("Address: 10.9.8.8"));
 
     let info = vm.docker(&["info", "--format", "{{.HTTPProxy}} {{.NoProxy}}"]).ok();
     assert_eq!(info, "http://proxy.test:3128 localhost,.test");

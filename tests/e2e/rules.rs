@@ -1,12 +1,12 @@
 //! A profile with rules: other ports, other addresses, sockets, and services of the host for the guest.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dhow_tests::net::{accepts, check_echo, free_port, local, own_address};
 use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
@@ -39,6 +39,8 @@ struct Ports {
     moved: (u16, u16),
     ignored: u16,
     fixed: u16,
+    /// Static, and nobody serves it.
+    vacant: u16,
     open: u16,
     low: u16,
     /// The first of three, in the guest and on the host.
@@ -67,6 +69,7 @@ fn what_a_profile_says() {
         moved: (free_port(), free_port()),
         ignored: free_port(),
         fixed: free_port(),
+        vacant: free_port(),
         open: free_port(),
         low: free_port(),
         range: (free_range(), free_range()),
@@ -91,7 +94,7 @@ fn what_a_profile_says() {
 }
 
 fn write_profile(vm: &Vm, ports: &Ports, containerd: &Path, backwards: &Path) {
-    let Ports { moved: (guest, host), ignored, fixed, open, low, range, service, .. } = *ports;
+    let Ports { moved: (guest, host), ignored, fixed, vacant, open, low, range, service, .. } = *ports;
     let text = format!(
         r#"
 host-ports = [{service}]
@@ -117,6 +120,10 @@ host = {host}
 
 [[forward]]
 guest = {fixed}
+static = true
+
+[[forward]]
+guest = {vacant}
 static = true
 
 [[forward]]
@@ -154,7 +161,19 @@ fn listed(vm: &Vm) -> String {
     vm.dhow(&["ports"]).ok()
 }
 
+/// A client of a forward that nobody serves waits in vain for 10 s, and is reset then.
+fn nobody_comes(port: u16) {
+    let begun = Instant::now();
+    let mut stream = TcpStream::connect(local(port)).expect("a static forward");
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let error = stream.read(&mut [0]).expect_err("nobody serves it");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(begun.elapsed() >= Duration::from_secs(8), "reset after {:?}", begun.elapsed());
+}
+
 fn forwards_follow_the_rules(vm: &Vm, ports: &Ports) {
+    let vacant = ports.vacant;
+    let waiting = std::thread::spawn(move || nobody_comes(vacant));
     // Static: somebody may come before the server does.
     let early = TcpStream::connect(local(ports.fixed)).expect("a static forward before its server");
     let serve = |port: u16| {
@@ -196,6 +215,7 @@ fn forwards_follow_the_rules(vm: &Vm, ports: &Ports) {
     drop((servers, datagrams));
     wait_until("the forward's end", SOON, || !accepts(Ipv4Addr::LOCALHOST, ports.moved.1));
     assert!(accepts(Ipv4Addr::LOCALHOST, ports.fixed), "a static forward stays");
+    waiting.join().unwrap_or_else(|failure| std::panic::resume_unwind(failure));
 }
 
 fn sockets_lead_both_ways(vm: &Vm, containerd: &Path) {
@@ -238,7 +258,8 @@ fn the_hosts_services_are_reached(vm: &Vm, ports: &Ports) {
     for name in ["host.docker.internal", "127.0.0.1", "192.168.127.1", "192.168.127.254"] {
         // Where nobody answers at all, the kernel would try for two minutes.
         let asked = ["timeout", "10", "guest-tool", "ask", &target(name, ports.secret), "abc"];
-        let output = vm.docker_run(&[], &asked).run();
+        // With an init: the first process of a container does not hear what timeout(1) sends it.
+        let output = vm.docker_run(&["--init"], &asked).run();
         assert!(!output.status.success() && !output.all().contains("cba"), "{name}: {output}");
     }
 }

@@ -4,6 +4,7 @@ pub mod command;
 pub mod container;
 pub mod fio;
 pub mod net;
+pub mod ports;
 pub mod process;
 pub mod pty;
 pub mod qmp;

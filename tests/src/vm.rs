@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::command::{Cmd, Output};
-use super::settings::Settings;
+use super::settings::{Settings, in_path};
 use super::wait::wait_for;
 use super::{process, report};
 
@@ -63,6 +63,7 @@ pub struct Vm {
     folder: PathBuf,
     environment: Vec<(OsString, OsString)>,
     user: Option<u32>,
+    seen_at: Vec<(PathBuf, PathBuf)>,
     dhow: PathBuf,
     image: PathBuf,
     docker: PathBuf,
@@ -81,6 +82,7 @@ impl Vm {
             folder,
             environment: Vec::new(),
             user: None,
+            seen_at: Vec::new(),
             dhow: settings.dhow.clone(),
             image: settings.image.clone(),
             docker: settings.docker.clone(),
@@ -156,9 +158,38 @@ impl Vm {
         self.dhow_home().join("run/default").join(name)
     }
 
+    /// From now on commands, and what they start, see `file` at the path `at` of the host: each has a mount
+    /// namespace of its own. A change of `file` in its place is seen there, too.
+    ///
+    /// # Panics
+    /// Without root, who alone may mount.
+    pub fn show(&mut self, file: &Path, at: &Path) {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "this case needs root, for a mount namespace of its own: use `sudo`"
+        );
+        self.seen_at.push((file.to_owned(), at.to_owned()));
+    }
+
     /// `program` with this home's environment.
+    ///
+    /// # Panics
+    /// When files are shown elsewhere and there is no unshare(1).
     pub fn command(&self, program: &Path) -> Cmd {
-        let mut command = Cmd::new(program).user(self.user).cwd(self.home());
+        let mut command = if self.seen_at.is_empty() {
+            Cmd::new(program)
+        } else {
+            // The names come as arguments: nothing in them is the shell's.
+            let mounts =
+                "while [ \"$1\" != -- ]; do mount --bind \"$1\" \"$2\" || exit 125; shift 2; done; shift";
+            let shown = self.seen_at.iter().flat_map(|(file, at)| [file, at]);
+            Cmd::new(in_path("unshare").expect("unshare(1)"))
+                .args(["--mount", "sh", "-c", &format!("{mounts}; exec \"$@\""), "sh"])
+                .args(shown)
+                .arg("--")
+                .arg(program)
+        };
+        command = command.user(self.user).cwd(self.home());
         for (name, value) in &self.environment {
             command = command.env(name, value);
         }

@@ -1,5 +1,6 @@
 //! Waiting on conditions, with deadlines that a loaded machine keeps.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Between two looks at a condition.
@@ -27,4 +28,14 @@ pub fn wait_for<T>(what: &str, deadline: Duration, mut condition: impl FnMut() -
 /// As [`wait_for`], for a plain yes or no.
 pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
     wait_for(what, deadline, || if condition() { Ok(()) } else { Err("not yet".to_owned()) });
+}
+
+/// Set when it is dropped: what goes on meanwhile ends, also where a case fails.
+#[derive(Debug)]
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -6,17 +6,18 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use dhow_protocol::boot::{BootConfig, NetworkConfig};
+use dhow_protocol::control::SearchList;
 use dhow_protocol::errors::chain;
 use netlink_packet_route::link::LinkMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use super::error::InitError;
+use crate::resolv_conf;
 
 const INTERFACES: &str = "/sys/class/net";
 const LOOPBACK: &str = "lo";
 const HOSTNAME: &str = "/etc/hostname";
 const HOSTS: &str = "/etc/hosts";
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 #[derive(Debug, thiserror::Error)]
 enum NetworkError {
@@ -114,10 +115,8 @@ pub(crate) fn set_names(config: &BootConfig) -> Result<(), InitError> {
         |path: &'static str, text: String| fs::write(path, text).map_err(InitError::at("write", path));
     write(HOSTNAME, format!("{}\n", config.hostname))?;
     write(HOSTS, hosts(&config.hostname))?;
-    write(
-        RESOLV_CONF,
-        config.network.map_or_else(String::new, |network| format!("nameserver {}\n", network.dns)),
-    )
+    let server = config.network.map(|network| network.dns);
+    resolv_conf::write(server, &SearchList::default()).map_err(InitError::at("write", resolv_conf::PATH))
 }
 
 fn hosts(hostname: &str) -> String {

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Pause before the first restart, in a row; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Pause before the first restart, in a row; it doubles. Short: while dockerd is away clients of published ports wait.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause.
 const LAST_PAUSE: Duration = Duration::from_secs(30);
 /// So many restarts …
@@ -62,18 +62,18 @@ impl Restarts {
 mod tests {
     use super::*;
 
-    fn seconds(pause: Option<Duration>) -> Option<u64> {
-        pause.map(|pause| pause.as_secs())
+    fn millis(pause: Option<Duration>) -> Option<u128> {
+        pause.map(|pause| pause.as_millis())
     }
 
     #[test]
     fn pauses_double_to_their_limit_and_the_eleventh_restart_is_none() {
         let start = Instant::now();
         let mut restarts = Restarts::new(true);
-        let pauses: Vec<_> = (0..10).map(|_| seconds(restarts.ended(start)).unwrap()).collect();
-        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30, 30, 30, 30]);
+        let pauses: Vec<_> = (0..10).map(|_| millis(restarts.ended(start)).unwrap()).collect();
+        assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
         assert_eq!(restarts.ended(start + WINDOW), None);
-        assert_eq!(seconds(restarts.ended(start + WINDOW + Duration::from_secs(1))), Some(30));
+        assert_eq!(millis(restarts.ended(start + WINDOW + Duration::from_secs(1))), Some(30_000));
     }
 
     #[test]
@@ -82,18 +82,18 @@ mod tests {
         let mut restarts = Restarts::new(true);
         while restarts.ended(now).is_some() {}
         restarts.healthy();
-        assert_eq!(seconds(restarts.ended(now)), Some(1));
+        assert_eq!(millis(restarts.ended(now)), Some(250));
     }
 
     #[test]
     fn one_that_never_answered_has_one_more_try() {
         let now = Instant::now();
         let mut restarts = Restarts::new(false);
-        assert_eq!(seconds(restarts.ended(now)), Some(1));
+        assert_eq!(millis(restarts.ended(now)), Some(250));
         assert_eq!(restarts.ended(now), None);
         let mut restarts = Restarts::new(false);
         restarts.ended(now);
         restarts.ready();
-        assert_eq!(seconds(restarts.ended(now)), Some(2));
+        assert_eq!(millis(restarts.ended(now)), Some(500));
     }
 }

@@ -136,6 +136,7 @@ async fn serve(mut inherited: HashMap<String, OwnedFd>) -> Result<std::convert::
         runtimes: Arc::clone(&runtimes),
         mounts: Arc::clone(&mounts),
         clock: clock::Clock::default(),
+        name_server: boot.network.map(|network| network.dns),
         powering_off: AtomicBool::new(false),
     };
     let services = Arc::new(dispatch::Services {

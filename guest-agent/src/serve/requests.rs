@@ -1,5 +1,6 @@
 //! What each control request does.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,7 @@ use super::clock::Clock;
 use super::control::Handler;
 use super::info;
 use crate::mounts::Mounts;
+use crate::resolv_conf;
 use crate::runtimes::Runtimes;
 
 /// How long the answer to a power-off may take on its way.
@@ -30,6 +32,8 @@ pub(super) struct Requests {
     pub(super) runtimes: Arc<Runtimes>,
     pub(super) mounts: Arc<Mounts>,
     pub(super) clock: Clock,
+    /// Who answers the guest's name queries; none without a network.
+    pub(super) name_server: Option<Ipv4Addr>,
     pub(super) powering_off: AtomicBool,
 }
 
@@ -54,6 +58,8 @@ impl Handler for Requests {
                 self.power_off(answered);
                 Ok(())
             }
+            ControlRequest::SetSearch(search) => resolv_conf::write(self.name_server, &search)
+                .map_err(|error| format!("cannot write {}: {error}", resolv_conf::PATH)),
         };
         done.map(|()| ControlResponse::Done).map_err(ControlError::Failed)
     }

@@ -19,8 +19,10 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
-use super::hosts::{self, Hosts, Watched};
+use super::hosts::{self, Hosts};
+use super::resolv_conf::{self, RESOLV_CONF};
 use super::upstream;
+use super::watched::Watched;
 
 /// Queries that are being answered at once; the stream's own flow control holds back the rest.
 const MAX_ASKING: usize = 128;
@@ -36,7 +38,7 @@ const HOSTS_TTL: u32 = 5;
 pub async fn serve_dns(stream: UnixStream) -> Result<(), CodecError> {
     let resolver = Resolver {
         hosts: Watched::new(Path::new("/etc/hosts"), hosts::parse),
-        servers: Watched::new(Path::new("/etc/resolv.conf"), upstream::parse),
+        servers: Watched::new(Path::new(RESOLV_CONF), resolv_conf::servers),
     };
     serve(stream, resolver).await
 }

@@ -9,6 +9,7 @@ mod hosts;
 mod kept;
 mod news;
 mod policy;
+mod resolv_conf;
 pub mod rules;
 mod services;
 pub mod sockets;
@@ -17,6 +18,7 @@ mod tcp;
 mod udp;
 mod unix;
 mod upstream;
+mod watched;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -26,9 +28,11 @@ use dhow_protocol::stream::StreamHeader;
 pub use dns::serve_dns;
 pub use kept::{Change, Kept};
 pub use policy::{Decision, HostEnd, Policy};
+pub use resolv_conf::{RESOLV_CONF, search};
 pub use services::{HostServices, serve_host};
 pub use table::Forwards;
 pub use unix::serve_unix;
+pub use watched::Watched;
 
 /// Streams that are being opened at once, for each address or socket of the host.
 const MAX_OPENING: usize = 128;

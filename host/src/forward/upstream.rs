@@ -1,7 +1,7 @@
-//! The host's name servers (resolv.conf), asked as its own resolver asks them.
+//! The host's name servers, asked as its own resolver asks them.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,8 +10,6 @@ use tokio::time::timeout;
 
 /// Header of a DNS message (RFC 1035, 4.1.1).
 pub(super) const HEADER: usize = 12;
-/// resolv.conf(5): "up to MAXNS (currently 3) name servers may be listed".
-const MAX_SERVERS: usize = 3;
 const UDP_TIMEOUT: Duration = Duration::from_secs(2);
 const TCP_TIMEOUT: Duration = Duration::from_secs(4);
 /// How often the list of servers is gone through: the stream's guest gives up after 10 s.
@@ -20,34 +18,6 @@ const ROUNDS: usize = 2;
 const SERVFAIL: u8 = 2;
 const NOTIMP: u8 = 4;
 const REFUSED: u8 = 5;
-
-/// The name servers of a resolv.conf; that of this machine where it names none, as resolv.conf(5)
-/// says.
-pub(super) fn parse(text: &str) -> Vec<SocketAddr> {
-    let mut servers: Vec<_> = text
-        .lines()
-        .filter_map(|line| {
-            let mut words = line.split_ascii_whitespace();
-            (words.next()? == "nameserver").then_some(words.next()?)
-        })
-        .filter_map(server)
-        .take(MAX_SERVERS)
-        .collect();
-    if servers.is_empty() {
-        servers.push((Ipv4Addr::LOCALHOST, 53).into());
-    }
-    servers
-}
-
-/// An address, for link-local IPv6 with its interface (`fe80::1%eth0`).
-fn server(word: &str) -> Option<SocketAddr> {
-    let Some((address, scope)) = word.split_once('%') else {
-        return Some(SocketAddr::new(word.parse::<IpAddr>().ok()?, 53));
-    };
-    let address: Ipv6Addr = address.parse().ok()?;
-    let scope = scope.parse().ok().or_else(|| nix::net::if_::if_nametoindex(scope).ok())?;
-    Some(SocketAddrV6::new(address, 53, 0, scope).into())
-}
 
 /// Asks one server after the other. `None` when none answers.
 pub(super) async fn ask(servers: &[SocketAddr], query: &[u8]) -> Option<Vec<u8>> {
@@ -141,16 +111,6 @@ fn question(message: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn servers_as_resolv_conf_says() {
-        let text = "# x\nsearch a\nnameserver 10.0.0.1\n nameserver\t::1 \nnameserver bad\nnameserver fe80::1%1\nnameserver 10.0.0.4\n";
-        let servers = parse(text);
-        assert_eq!(servers[..2], ["10.0.0.1:53".parse().unwrap(), "[::1]:53".parse().unwrap()]);
-        assert!(matches!(servers[2], SocketAddr::V6(server) if server.scope_id() == 1));
-        assert_eq!(servers.len(), 3);
-        assert_eq!(parse("options x\n"), ["127.0.0.1:53".parse().unwrap()]);
-    }
 
     #[test]
     fn an_answer_is_to_its_question() {

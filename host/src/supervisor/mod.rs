@@ -28,6 +28,7 @@ mod healing;
 mod leavers;
 mod ledger;
 mod logs;
+mod names;
 mod network;
 mod paused;
 mod processes;

@@ -1,5 +1,4 @@
-//! What runs for as long as the VM does: docker.sock, port forwards and their sockets' keeping, names,
-//! the clock.
+//! What runs for as long as the VM does: docker.sock, port forwards and their sockets' keeping, the clock.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +12,7 @@ use tokio::task::JoinSet;
 
 use super::guest::{OPEN_DEADLINE, OpenError, Opener};
 use super::logs;
+use super::names;
 use super::paused;
 use super::state::State;
 use super::vm::Vm;
@@ -23,7 +23,7 @@ use crate::vsock::TransportError;
 /// The guest's docker socket.
 const DOCKER_SOCKET: &str = "/run/docker.sock";
 /// How long until an ended stream is opened again.
-const REOPEN: Duration = Duration::from_millis(200);
+pub(super) const REOPEN: Duration = Duration::from_millis(200);
 /// How often the guest is told the time; it slews in between.
 const CLOCK_PERIOD: Duration = Duration::from_secs(10);
 /// How often the sizes of logs are looked at.
@@ -65,7 +65,8 @@ pub fn unix_nanos() -> u64 {
 /// Starts the services that need only the agent. Dropping the set ends them.
 pub fn start(tasks: &mut JoinSet<()>, vm: &Arc<Vm>) {
     tasks.spawn(tell_time(Arc::clone(vm)));
-    tasks.spawn(serve_names(vm.guest.opener.clone()));
+    tasks.spawn(names::serve(vm.guest.opener.clone()));
+    tasks.spawn(names::tell_search(vm.guest.clone()));
     let passages = vm.ledger.record().passages;
     let mut policy = Policy::for_this_process(passages.rules);
     // The host's own servers are there: the guest must not take their place while one is restarted.
@@ -170,19 +171,6 @@ async fn tell_time(vm: Arc<Vm>) {
             }
         };
         tokio::time::sleep(pause).await;
-    }
-}
-
-async fn serve_names(opener: Opener) {
-    loop {
-        match opener.open_here(&StreamHeader::Dns, OPEN_DEADLINE).await {
-            Ok(stream) => {
-                let ended = forward::serve_dns(stream).await;
-                tracing::info!(?ended, "the stream of name queries ended");
-            }
-            Err(error) => tracing::warn!(error = crate::errors::chain(&error), "no stream of name queries"),
-        }
-        tokio::time::sleep(REOPEN).await;
     }
 }
 

@@ -31,8 +31,12 @@ fn text(server: Option<Ipv4Addr>, search: &SearchList) -> String {
 /// Whoever reads meanwhile sees the old or the new text, whole. No fsync: `/etc` ends with the boot.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
     let new = path.with_extension("new");
-    std::fs::write(&new, text)?;
-    std::fs::rename(&new, path)
+    let replaced = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, path));
+    if replaced.is_err() {
+        // The error above is the one to tell.
+        let _ = std::fs::remove_file(&new);
+    }
+    replaced
 }
 
 #[cfg(test)]

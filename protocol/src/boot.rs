@@ -12,6 +12,9 @@ pub const BASE_DISK_SERIAL: &str = "dhow-base";
 /// Serial (virtio-blk) of the data disk.
 pub const DATA_DISK_SERIAL: &str = "dhow-data";
 
+/// How PID 1 begins to say on the console that the agent's worker has died too often and rests: the host looks for it.
+pub const WORKER_GAVE_UP: &str = "the agent's worker ended too often";
+
 /// What the guest's first process needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct BootConfig {

@@ -77,9 +77,9 @@ pub enum ControlRequest {
 /// How short names are completed (resolv.conf(5): `search` and `options ndots`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct SearchList {
-    /// Domains that are tried, in their order.
+    /// Domains that are tried, in their order; the host sends 32 of 253 bytes at the most.
     pub domains: Vec<String>,
-    /// Names with that many dots are tried as they are first; the resolver's own default (1) without it.
+    /// Names with that many dots or more are tried as they are first; the resolver's own default (1) without it.
     pub ndots: Option<u8>,
 }
 

@@ -3,7 +3,8 @@
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use dhow_tests::net::{answer, free_port, local, low_port, udp_client};
+use dhow_tests::datagrams::{answer, low_port, udp_client};
+use dhow_tests::net::{free_port, local};
 use dhow_tests::ports::{listed, serve};
 use dhow_tests::{SOON, TOOL, Vm, cases, wait_until};
 
@@ -39,16 +40,24 @@ fn sessions(vm: &Vm, port: u16) -> usize {
     vm.sh(&script).ok().trim().parse().expect("a number of sockets")
 }
 
+/// For how long a client must say nothing to lose its session.
+const IDLE: Duration = Duration::from_secs(30);
+
 /// A client that says nothing for 30 s has no session any more; its next datagram begins another one.
 fn a_session_of_datagrams_ends(vm: &Vm) {
     let port = low_port();
     let server = serve(vm, "datagrams", local(port));
     let client = udp_client(port);
-    assert_eq!(answer(&client, b"first"), b"first");
     let begun = Instant::now();
+    assert_eq!(answer(&client, b"first"), b"first");
     assert_eq!(sessions(vm, port), 1);
-    wait_until("the session's end", Duration::from_secs(30) + SOON, || sessions(vm, port) == 0);
-    assert!(begun.elapsed() >= Duration::from_secs(29), "it ended after {:?}", begun.elapsed());
+    // What is said in between puts it off.
+    wait_until("half of its time", IDLE, || begun.elapsed() > IDLE / 2);
+    let last = Instant::now();
+    assert_eq!(answer(&client, b"still here"), b"still here");
+    wait_until("the session's end", IDLE + SOON, || sessions(vm, port) == 0);
+    assert!(last.elapsed() >= IDLE, "it ended after {:?}", last.elapsed());
+    eprintln!("a silent session over UDP was gone after {:?}", last.elapsed());
     assert_eq!(answer(&client, b"again"), b"again");
     assert_eq!(sessions(vm, port), 1);
     drop(server);

@@ -196,13 +196,16 @@ fn settings_outlive_a_full_disk(vm: &Vm) {
     assert_eq!(fs::read_to_string(&profile).unwrap().as_bytes(), before, "the profile has changed");
     let supervisor = vm.pid_of(" supervisor ");
     process::kill(supervisor);
-    wait_for("another supervisor", SOON, || {
-        let all = vm.processes();
-        let new =
-            |process: &process::Process| process.line.contains(" supervisor ") && process.pid != supervisor;
-        if all.iter().any(new) { Ok(()) } else { Err(format!("{all:?}")) }
+    wait_for("another supervisor, which finds the VM and its full disk", SOON, || {
+        let other = vm
+            .processes()
+            .iter()
+            .any(|process| process.line.contains(" supervisor ") && process.pid != supervisor);
+        let status = vm.status();
+        let told = status["problem"].as_str().is_some_and(|problem| problem.contains("disk is full"));
+        if other && told { Ok(()) } else { Err(status.to_string()) }
     });
-    assert_eq!(fs::read(&record).unwrap().len(), known.len(), "the VM's record is not whole");
+    assert!(fs::read(&record).unwrap() == known, "the VM's record has changed");
     assert_eq!(fs::read(&profile).unwrap(), before);
 }
 

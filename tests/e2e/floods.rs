@@ -44,6 +44,8 @@ fn a_guest_that_listens_everywhere(vm: &Vm) {
     let before = size();
     check_echo(local(port), 9, 1_000_000);
     assert!(size() < before + 100_000, "the log grows from {before} to {}", size());
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains("most allowed"), "nothing about ports beyond the limit in the log");
     drop(flood);
     wait_until("the forwards' end", SOON, || {
         vm.json(&["ports", "--json"]).as_array().is_some_and(|all| all.len() < 20)

@@ -76,6 +76,21 @@ fn neither_reaches_the_other(vm: &Vm) {
         if text.contains("in use on the host") { Ok(()) } else { Err(text) }
     });
     check_echo(local(port), 2, 1000);
+    // Asked in the same way where it is, it answers: who asks is not what failed above.
+    let asked = ["exec", "--", TOOL, "ask", &local(port).to_string(), "echo\nabc"];
+    assert_eq!(second(vm, &asked).ok(), "abc");
+    // And not the other way round, from a container, to a port that only the second one serves.
+    let theirs = free_port();
+    let serving = second(vm, &["exec", "--", TOOL, "serve", &format!("0.0.0.0:{theirs}")]).spawn();
+    serving.expect("listening");
+    check_echo(local(theirs), 4, 1000);
+    for place in ["192.168.127.1", "192.168.127.2", "host.docker.internal", &own] {
+        let target = format!("{place}:{theirs}");
+        let asked = ["timeout", "5", "guest-tool", "ask", &target, "echo\nabc"];
+        let output = vm.docker_run(&["--init"], &asked).run();
+        assert!(!output.status.success() && !output.all().contains("abc"), "{place}: {output}");
+    }
+    drop(serving);
     // It gets the port when the first one leaves it.
     drop(server);
     wait_for("the second one's forward", SOON, || {

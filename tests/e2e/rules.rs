@@ -8,7 +8,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use dhow_guest_tool::Pattern;
+use dhow_tests::command::Cmd;
 use dhow_tests::net::{accepts, check_echo, free_port, local, own_address};
+use dhow_tests::settings::in_path;
 use dhow_tests::{SOON, TOOL, Vm, cases, wait_for, wait_until};
 
 cases![Own: what_a_profile_says];
@@ -88,6 +91,7 @@ fn what_a_profile_says() {
     sockets_lead_both_ways(&vm, &containerd);
     the_hosts_services_are_reached(&vm, &ports);
     a_new_supervisor_keeps_the_rules(&vm, &ports);
+    sockets_lead_both_ways(&vm, &containerd);
     vm.stop();
     assert!(!containerd.exists(), "the socket goes with the VM");
     assert!(!accepts(Ipv4Addr::LOCALHOST, ports.fixed));
@@ -248,12 +252,13 @@ fn the_hosts_services_are_reached(vm: &Vm, ports: &Ports) {
     let said = vm.docker_run(&gateway, &["guest-tool", "ask", &target("there", ports.service), "abc"]).ok();
     assert_eq!(said, "cba");
     assert_eq!(vm.exec(&[TOOL, "ask", &target("host.docker.internal", ports.service), "abc"]).ok(), "cba");
-    // A large exchange, hashed on both sides by being reversed here.
-    let script = format!("guest-tool pattern 1 3000000 | nc host.docker.internal {} | wc -c", ports.service);
-    assert_eq!(
-        vm.docker_run(&[], &["sh", "-c", &script]).deadline(Duration::from_secs(120)).ok().trim(),
-        "3000000"
-    );
+    // A large exchange, hashed on both sides.
+    let script =
+        format!("guest-tool pattern 1 3000000 | nc host.docker.internal {} | sha256sum", ports.service);
+    let mut reversed = Pattern::bytes(1, 3_000_000);
+    reversed.reverse();
+    let expected = Cmd::new(in_path("sha256sum").expect("sha256sum(1)")).stdin(reversed).ok();
+    assert_eq!(vm.docker_run(&[], &["sh", "-c", &script]).ok().trim(), expected.trim());
     // What no rule names is closed.
     for name in ["host.docker.internal", "127.0.0.1", "192.168.127.1", "192.168.127.254"] {
         // Where nobody answers at all, the kernel would try for two minutes.

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use dhow::vsock::device::control::{FromDevice, ToDevice};
 use dhow_protocol::codec::{from_bytes, to_bytes};
 use dhow_protocol::hello::{HELLO_LEN, Hello, HelloReply, Secret};
-use dhow_protocol::{boot, bundle, control, exec, files, ports, stream};
+use dhow_protocol::{boot, bundle, control, exec, files, host_services, ports, stream};
 
 fn decode<T: bincode::Decode<()> + bincode::Encode + Debug>(bytes: &[u8]) {
     if let Ok(value) = from_bytes::<T>(bytes) {
@@ -39,7 +39,7 @@ fn device(bytes: &[u8]) {
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Some((choice, bytes)) = data.split_first() else { return };
-    match choice % 16 {
+    match choice % 19 {
         0 => decode::<files::FileRequest>(bytes),
         1 => decode::<files::FileReply>(bytes),
         2 => decode::<control::ToAgent>(bytes),
@@ -55,6 +55,9 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         12 => decode::<boot::BootConfig>(bytes),
         13 => decode::<ports::Listener>(bytes),
         14 => hello(bytes),
-        _ => device(bytes),
+        15 => device(bytes),
+        16 => decode::<host_services::Offer>(bytes),
+        17 => decode::<host_services::Dial>(bytes),
+        _ => decode::<host_services::Refusal>(bytes),
     }
 });

@@ -2,7 +2,9 @@
 
 pub mod command;
 pub mod container;
+pub mod datagrams;
 pub mod fio;
+pub mod greeter;
 pub mod net;
 pub mod ports;
 pub mod process;
@@ -11,6 +13,7 @@ pub mod qmp;
 pub mod report;
 pub mod settings;
 pub mod shared;
+pub mod sockets;
 pub mod table;
 pub mod vm;
 pub mod wait;

@@ -1,13 +1,11 @@
 //! TCP from the host: connections with deadlines, to the guest tool's server.
 
-use std::collections::HashSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use dhow_guest_tool::{Pattern, Summary};
 
-use super::process::Process;
 use super::wait::{SOON, wait_for};
 
 /// For one read or write.
@@ -124,84 +122,4 @@ pub fn check_echo(address: SocketAddr, seed: u64, size: usize) {
 /// Whether something accepts at `address` of this host.
 pub fn accepts(address: impl Into<IpAddr>, port: u16) -> bool {
     TcpStream::connect_timeout(&SocketAddr::new(address.into(), port), PATIENCE).is_ok()
-}
-
-/// Addresses on which `processes` listen, over TCP and UDP; a UDP socket that is connected is somebody's client.
-///
-/// # Panics
-/// When /proc does not say what it should.
-pub fn listening(processes: &[Process]) -> Vec<SocketAddr> {
-    let mut inodes = HashSet::new();
-    for process in processes {
-        // Gone, or another user's: then not one of this home's.
-        let Ok(fds) = std::fs::read_dir(format!("/proc/{}/fd", process.pid)) else { continue };
-        let links = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
-        // proc_pid_fd(5): "socket:[2248868]".
-        inodes.extend(links.filter_map(|link| {
-            let text = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned();
-            Some(text)
-        }));
-    }
-    let mut found = Vec::new();
-    // States: TCP_LISTEN, and TCP_CLOSE for a UDP socket without a peer (net/tcp_states.h).
-    for (table, state) in [("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")] {
-        // Without IPv6 there are no tables of it.
-        let text = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
-        for line in text.lines().skip(1) {
-            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-            let [address, inode] = [1, 9].map(|at| fields.get(at).expect("a field of a socket"));
-            if fields[3] == state && inodes.contains(*inode) {
-                found.push(socket_address(address).unwrap_or_else(|| panic!("no address: {line}")));
-            }
-        }
-    }
-    found
-}
-
-/// `0100007F:1F90`: words of 32 bits in the machine's order, and the port.
-fn socket_address(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let words =
-        (0..address.len()).step_by(8).map(|at| u32::from_str_radix(address.get(at..at + 8)?, 16).ok());
-    let bytes: Vec<u8> = words.collect::<Option<Vec<_>>>()?.into_iter().flat_map(u32::to_ne_bytes).collect();
-    let address: IpAddr = match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
-        _ => <[u8; 16]>::try_from(bytes).ok()?.into(),
-    };
-    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
-}
-
-/// What comes back to `client` for a datagram; sent again when it is lost.
-///
-/// # Panics
-/// When nothing does.
-pub fn answer(client: &UdpSocket, datagram: &[u8]) -> Vec<u8> {
-    client.set_read_timeout(Some(Duration::from_secs(1))).expect("a deadline");
-    let mut bytes = vec![0; 65_535];
-    wait_for("an answer over UDP", SOON, || {
-        // Where nothing is bound yet the kernel says so.
-        client.send(datagram).map_err(|error| error.to_string())?;
-        let length = client.recv(&mut bytes).map_err(|error| error.to_string())?;
-        Ok(bytes[..length].to_vec())
-    })
-}
-
-/// A UDP port that is free on the host, below the range for clients.
-///
-/// # Panics
-/// When there is none.
-pub fn low_port() -> u16 {
-    let start = 20_000 + free_port() % 10_000;
-    let is_free = |port: &u16| UdpSocket::bind(local(*port)).is_ok();
-    (start..32_000).find(is_free).expect("a free port")
-}
-
-/// A client of the server at `port` of the host, over UDP.
-///
-/// # Panics
-/// When it gets no socket.
-pub fn udp_client(port: u16) -> UdpSocket {
-    let client = UdpSocket::bind(local(0)).expect("a socket");
-    client.connect(local(port)).expect("a peer");
-    client
 }

@@ -1,4 +1,4 @@
-//! Waiting on conditions, with deadlines that a loaded machine keeps.
+//! Waiting on conditions, with deadlines that a loaded machine keeps, and the end of what goes on meanwhile.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

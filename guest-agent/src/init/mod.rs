@@ -28,6 +28,7 @@ mod program;
 mod root;
 mod settings;
 
+use dhow_protocol::boot::WORKER_GAVE_UP;
 use dhow_protocol::errors::chain;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -57,8 +58,8 @@ pub fn main() -> ExitCode {
             Outcome::ShutDown => Some(Outcome::ShutDown),
             Outcome::GaveUp => {
                 tracing::error!(
-                    "the agent's worker ended too often: containers go on, but the host does not reach this \
-                     guest; the next try is in {} seconds",
+                    "{WORKER_GAVE_UP}: containers go on, but the host does not reach this guest; the next try is \
+                     in {} seconds",
                     PAUSE.as_secs()
                 );
                 parent.rest(PAUSE)

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause.
 const LAST_PAUSE: Duration = Duration::from_secs(30);
+/// Before that of a daemon that has never answered: nobody waits for its ports.
+const EARLY_PAUSE: Duration = Duration::from_secs(1);
 /// So many restarts …
-const RESTARTS: usize = 10;
+const RESTARTS: usize = 12;
 /// … within this time; one more and the daemon is given up.
 const WINDOW: Duration = Duration::from_secs(600);
 /// Restarts of a daemon that has never answered: whoever started it waits for the result.
@@ -52,6 +54,9 @@ impl Restarts {
             return None;
         }
         self.recent.push_back(now);
+        if !self.proven {
+            return Some(EARLY_PAUSE);
+        }
         let pause = self.pause;
         self.pause = (pause * 2).min(LAST_PAUSE);
         Some(pause)
@@ -67,11 +72,14 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_to_their_limit_and_the_eleventh_restart_is_none() {
+    fn pauses_double_to_their_limit_and_the_thirteenth_restart_is_none() {
         let start = Instant::now();
         let mut restarts = Restarts::new(true);
-        let pauses: Vec<_> = (0..10).map(|_| millis(restarts.ended(start)).unwrap()).collect();
-        assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
+        let pauses: Vec<_> = (0..12).map(|_| millis(restarts.ended(start)).unwrap()).collect();
+        assert_eq!(
+            pauses,
+            [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000, 30_000, 30_000]
+        );
         assert_eq!(restarts.ended(start + WINDOW), None);
         assert_eq!(millis(restarts.ended(start + WINDOW + Duration::from_secs(1))), Some(30_000));
     }
@@ -89,11 +97,11 @@ mod tests {
     fn one_that_never_answered_has_one_more_try() {
         let now = Instant::now();
         let mut restarts = Restarts::new(false);
-        assert_eq!(millis(restarts.ended(now)), Some(250));
+        assert_eq!(millis(restarts.ended(now)), Some(1000));
         assert_eq!(restarts.ended(now), None);
         let mut restarts = Restarts::new(false);
         restarts.ended(now);
         restarts.ready();
-        assert_eq!(millis(restarts.ended(now)), Some(500));
+        assert_eq!(millis(restarts.ended(now)), Some(250));
     }
 }

@@ -207,7 +207,7 @@ impl Task {
                 return;
             };
             tracing::warn!(reason, ?pause, "daemon is started again");
-            self.warn(format!("{reason}; it is started again in {} s", pause.as_secs()));
+            self.warn(format!("{reason}; it is started again in {pause:?}"));
             self.set(DaemonState::BackingOff);
             tokio::select! {
                 order = self.stop_order() => {

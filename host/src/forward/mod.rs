@@ -28,7 +28,7 @@ use dhow_protocol::stream::StreamHeader;
 pub use dns::serve_dns;
 pub use kept::{Change, Kept};
 pub use policy::{Decision, HostEnd, Policy};
-pub use resolv_conf::{RESOLV_CONF, search};
+pub use resolv_conf::{RESOLV_CONF, search_list};
 pub use services::{HostServices, serve_host};
 pub use table::Forwards;
 pub use unix::serve_unix;

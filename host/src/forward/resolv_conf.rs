@@ -6,14 +6,14 @@ use dhow_protocol::control::SearchList;
 
 /// Where the host's resolver has its settings.
 pub const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// "Up to MAXNS (currently 3) name servers may be listed".
+/// MAXNS: further ones are not asked.
 const MAX_SERVERS: usize = 3;
 /// glibc took six until 2.26, and knows no limit since.
 const MAX_DOMAINS: usize = 32;
 /// Of a name (RFC 1035, 2.3.4), without the dot at its end.
 const MAX_NAME: usize = 253;
-/// "The value for this option is silently capped to 15".
-const MAX_NDOTS: u8 = 15;
+/// Larger values count as this one.
+const MAX_NDOTS: u32 = 15;
 
 /// The name servers of a resolv.conf; that of this machine where it names none, as resolv.conf(5)
 /// says.
@@ -45,24 +45,25 @@ fn server(word: &str) -> Option<SocketAddr> {
 
 /// How the host completes names, by the text of its resolv.conf.
 #[must_use]
-pub fn search(text: &str) -> SearchList {
-    search_of(text, &nix::unistd::gethostname().unwrap_or_default().to_string_lossy())
+pub fn search_list(text: &str) -> SearchList {
+    search_list_of(text, &nix::unistd::gethostname().unwrap_or_default().to_string_lossy())
 }
 
-/// "If more than one instance of these keywords is present, the last instance is used"; without any, the
-/// search list is "everything after the first dot" of the host's name.
-fn search_of(text: &str, hostname: &str) -> SearchList {
+/// The last `search` or `domain` that names something holds; without any, the search list is what follows the
+/// first dot of the host's name. A keyword must begin its line.
+fn search_list_of(text: &str, hostname: &str) -> SearchList {
     let mut domains: Vec<&str> = hostname.split_once('.').map(|(_, domain)| domain).into_iter().collect();
     let mut ndots = None;
     for line in text.lines() {
-        let mut words = line.split_ascii_whitespace();
-        match words.next() {
-            Some("search") => domains = words.collect(),
-            // "A synonym for search that handles a single search entry only".
-            Some("domain") => domains = words.take(1).collect(),
-            Some("options") => {
-                let value = words.filter_map(|word| word.strip_prefix("ndots:")?.parse().ok()).next_back();
-                ndots = value.or(ndots);
+        let Some((keyword, rest)) = line.split_once([' ', '\t']) else { continue };
+        let mut words = rest.split_ascii_whitespace().peekable();
+        match keyword {
+            "search" if words.peek().is_some() => domains = words.collect(),
+            // The older word, for one domain only.
+            "domain" if words.peek().is_some() => domains = words.take(1).collect(),
+            "options" => {
+                let mut values = words.filter_map(|word| word.strip_prefix("ndots:")?.parse::<u32>().ok());
+                ndots = values.next_back().map(|value| value.min(MAX_NDOTS)).or(ndots);
             }
             _ => {}
         }
@@ -70,7 +71,7 @@ fn search_of(text: &str, hostname: &str) -> SearchList {
     let domains = domains.into_iter().map(|domain| domain.trim_end_matches('.'));
     SearchList {
         domains: domains.filter(|domain| is_name(domain)).take(MAX_DOMAINS).map(str::to_owned).collect(),
-        ndots: ndots.map(|ndots: u8| ndots.min(MAX_NDOTS)),
+        ndots: ndots.and_then(|ndots| ndots.try_into().ok()),
     }
 }
 
@@ -101,25 +102,29 @@ mod tests {
     #[test]
     fn search_as_resolv_conf_says() {
         let none = list(&[], None);
-        assert_eq!(search_of("", "laptop"), none);
-        assert_eq!(search_of("", "laptop.home.test"), list(&["home.test"], None));
+        assert_eq!(search_list_of("", "laptop"), none);
+        assert_eq!(search_list_of("", "laptop.home.test"), list(&["home.test"], None));
         let text = "search a.test b.test.\n# search x\n; search y\noptions edns0 ndots:3 trust-ad\n";
-        assert_eq!(search_of(text, "laptop.home.test"), list(&["a.test", "b.test"], Some(3)));
-        assert_eq!(search_of("search a b\ndomain c d\n", ""), list(&["c"], None));
-        assert_eq!(search_of("domain c\nsearch a b\n", ""), list(&["a", "b"], None));
-        assert_eq!(search_of("search .\noptions ndots:99\n", "laptop.home.test"), list(&[], Some(15)));
+        assert_eq!(search_list_of(text, "laptop.home.test"), list(&["a.test", "b.test"], Some(3)));
+        assert_eq!(search_list_of("search a b\ndomain c d\n", ""), list(&["c"], None));
+        assert_eq!(search_list_of("domain c\nsearch a b\n", ""), list(&["a", "b"], None));
+        // What names nothing changes nothing, and what is indented is no keyword.
+        let text = "search a\nsearch\ndomain \n search b\noptions ndots:2\noptions debug\n";
+        assert_eq!(search_list_of(text, ""), list(&["a"], Some(2)));
+        assert_eq!(search_list_of("options ndots:300\n", ""), list(&[], Some(15)));
+        assert_eq!(search_list_of("search .\noptions ndots:99\n", "laptop.home.test"), list(&[], Some(15)));
     }
 
     #[test]
     fn what_is_no_name_is_left_out() {
         let long = "a".repeat(254);
         assert_eq!(
-            search_of(&format!("search {long} a..b \u{e9} ok _x-y.z $(x)\n"), ""),
+            search_list_of(&format!("search {long} a..b \u{e9} ok _x-y.z $(x)\n"), ""),
             list(&["ok", "_x-y.z"], None)
         );
         let many = "d ".repeat(100);
         assert_eq!(
-            search_of(&format!("search {many}\noptions ndots:x ndots:-1\n"), "").domains.len(),
+            search_list_of(&format!("search {many}\noptions ndots:x ndots:-1\n"), "").domains.len(),
             MAX_DOMAINS
         );
     }

@@ -11,67 +11,35 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dhow_protocol::datagram;
 use dhow_protocol::ports::Listener;
 use dhow_protocol::stream::StreamHeader;
 use tokio::net::{UdpSocket, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Opener;
 use super::policy::endpoint;
 
+mod places;
+
+pub(super) use places::Budget;
+use places::{Activity, MAX_SESSIONS};
+
 /// A session without a datagram for that long is over.
 const IDLE: Duration = Duration::from_secs(30);
-/// Clients of all forwards at once: each has a stream, of which the VM has a thousand for everything.
-const MAX_SESSIONS: usize = 256;
 /// Datagrams of a client that wait for the stream, and their bytes.
 const QUEUE: usize = 64;
 const QUEUE_BYTES: usize = 256 << 10;
-
-/// What all UDP forwards of a VM share.
-#[derive(Debug, Clone)]
-pub(super) struct Budget(Arc<Semaphore>);
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_SESSIONS)))
-    }
-}
 
 /// A session as its forward sees it.
 struct Client {
     queue: mpsc::Sender<Vec<u8>>,
     state: Arc<Activity>,
-    task: AbortHandle,
-}
-
-/// What a session and its forward both know.
-struct Activity {
-    begin: Instant,
-    /// Milliseconds from `begin` to the last datagram.
-    last: AtomicU64,
-    /// Bytes in the queue.
-    queued: AtomicUsize,
-}
-
-impl Activity {
-    fn new() -> Arc<Self> {
-        Arc::new(Self { begin: Instant::now(), last: AtomicU64::new(0), queued: AtomicUsize::new(0) })
-    }
-
-    fn note(&self) {
-        let since = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(since, Ordering::Relaxed);
-    }
-
-    fn last(&self) -> Instant {
-        self.begin + Duration::from_millis(self.last.load(Ordering::Relaxed))
-    }
 }
 
 impl Client {
@@ -95,9 +63,10 @@ async fn serve_with<O: Opener>(
     socket: UdpSocket,
     guest: Listener,
     opener: O,
-    Budget(budget): Budget,
+    budget: Budget,
     patience: Duration,
 ) {
+    let forward = budget.join();
     let socket = Arc::new(socket);
     let mut clients: HashMap<SocketAddr, Client> = HashMap::new();
     let mut sessions = JoinSet::new();
@@ -119,11 +88,8 @@ async fn serve_with<O: Opener>(
             known.pass(&buffer[..length]);
             continue;
         }
-        let Ok(permit) = Arc::clone(&budget).try_acquire_owned() else {
-            // The one that was silent for longest makes room for this client's next attempt.
-            if let Some(idlest) = clients.values().min_by_key(|client| client.state.last()) {
-                idlest.task.abort();
-            }
+        let Some(permit) = budget.place() else {
+            budget.make_room();
             if !std::mem::replace(&mut full, true) {
                 tracing::warn!(
                     port = guest.port,
@@ -142,7 +108,8 @@ async fn serve_with<O: Opener>(
                 tracing::debug!(error, port = guest.port, "a session over UDP failed");
             }
         });
-        let new = Client { queue, state, task };
+        budget.note(forward, &state, task);
+        let new = Client { queue, state };
         new.pass(&buffer[..length]);
         clients.insert(client, new);
     }
@@ -273,32 +240,65 @@ mod tests {
         serving.abort();
     }
 
-    #[tokio::test]
-    async fn the_most_silent_client_makes_room() {
-        let (asked, mut headers) = mpsc::unbounded_channel();
+    /// A server's forward within `budget`: where it is, its task, and the streams that it asks for.
+    async fn forward(
+        budget: &Budget,
+    ) -> (SocketAddr, tokio::task::JoinHandle<()>, mpsc::UnboundedReceiver<StreamHeader>) {
+        let (asked, headers) = mpsc::unbounded_channel();
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         let guest = Listener { protocol: Protocol::Udp, address: [0, 0, 0, 0].into(), port: 53 };
-        let budget = Budget(Arc::new(Semaphore::new(2)));
-        let serving = tokio::spawn(serve_with(socket, guest, Echo(asked), budget, IDLE));
-        for number in 0..5u8 {
-            let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-            client.connect(address).await.unwrap();
-            let mut said = [0; 9];
-            // The first attempt may only make the room.
-            let served = async {
-                loop {
-                    client.send(&[number]).await.unwrap();
-                    let wait = tokio::time::timeout(Duration::from_millis(20), client.recv(&mut said));
-                    if let Ok(Ok(length)) = wait.await {
-                        assert_eq!(&said[..length], [number]);
-                        return;
-                    }
+        (address, tokio::spawn(serve(socket, guest, Echo(asked), budget.clone())), headers)
+    }
+
+    async fn client_of(address: SocketAddr) -> UdpSocket {
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.connect(address).await.unwrap();
+        client
+    }
+
+    /// Says `number` until it comes back: the first attempt may only make the room.
+    async fn served(client: &UdpSocket, number: u8) {
+        let mut said = [0; 9];
+        let served = async {
+            loop {
+                client.send(&[number]).await.unwrap();
+                let wait = tokio::time::timeout(Duration::from_millis(20), client.recv(&mut said));
+                if let Ok(Ok(length)) = wait.await {
+                    assert_eq!(&said[..length], [number]);
+                    return;
                 }
-            };
-            tokio::time::timeout(Duration::from_secs(20), served).await.expect("a place");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), served).await.expect("a place");
+    }
+
+    #[tokio::test]
+    async fn the_most_silent_client_makes_room() {
+        let (address, serving, mut headers) = forward(&Budget::of(2)).await;
+        for number in 0..5 {
+            served(&client_of(address).await, number).await;
             headers.recv().await.unwrap();
         }
         serving.abort();
+    }
+
+    #[tokio::test]
+    async fn the_forward_that_has_most_makes_room_for_the_others() {
+        let budget = Budget::of(3);
+        let (crowded, one, _asked) = forward(&budget).await;
+        let (quiet, two, mut asked_by_quiet) = forward(&budget).await;
+        let first = client_of(quiet).await;
+        served(&first, 1).await;
+        for number in 2..9 {
+            served(&client_of(crowded).await, number).await;
+        }
+        // It was silent for longest, and has kept its session.
+        served(&first, 9).await;
+        asked_by_quiet.recv().await.unwrap();
+        assert!(asked_by_quiet.try_recv().is_err(), "its session had ended");
+        served(&client_of(quiet).await, 10).await;
+        one.abort();
+        two.abort();
     }
 }

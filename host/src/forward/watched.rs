@@ -1,13 +1,14 @@
 //! A small text file of the host, read again when it changes.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
 
-/// Time of the last change, and size.
-type Stamp = (SystemTime, u64);
+/// Device, inode, time of the last change of either (seconds and nanoseconds), and size. Not the time of the content's
+/// change: files from an image or a store all have the same.
+type Stamp = (u64, u64, i64, i64, u64);
 
-/// A small text file and what it means, parsed again when its time or size changes.
+/// A small text file and what it means, parsed again when its stamp changes.
 #[derive(Debug)]
 pub struct Watched<T> {
     path: PathBuf,
@@ -25,9 +26,10 @@ impl<T> Watched<T> {
     /// What the file means now; that of an empty one where it cannot be read.
     pub fn get(&self) -> Arc<T> {
         let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of the file that a symlink leads to.
         let stamp = std::fs::metadata(&self.path)
             .ok()
-            .and_then(|metadata| Some((metadata.modified().ok()?, metadata.len())));
+            .map(|file| (file.dev(), file.ino(), file.ctime(), file.ctime_nsec(), file.len()));
         if now.0 != stamp {
             let text = std::fs::read(&self.path).unwrap_or_default();
             *now = (stamp, Arc::new((self.parse)(&String::from_utf8_lossy(&text))));
@@ -52,5 +54,18 @@ mod tests {
         assert!(watched.get().contains("longer"));
         std::fs::remove_file(&path).unwrap();
         assert!(watched.get().is_empty());
+    }
+    #[test]
+    fn another_file_of_the_same_length_and_time_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let [link, file, new] = ["link", "file", "new"].map(|name| folder.path().join(name));
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let watched = Watched::new(&link, str::to_owned);
+        for text in ["one", "two"] {
+            std::fs::write(&new, text).unwrap();
+            std::fs::File::open(&new).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+            std::fs::rename(&new, &file).unwrap();
+            assert_eq!(*watched.get(), text);
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dhow_parent::SpawnedChild;
+use dhow_protocol::boot::WORKER_GAVE_UP;
 use dhow_protocol::control::Event;
 use dhow_protocol::stream::StreamHeader;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -17,6 +18,7 @@ use rustix::process::Signal;
 use tokio::sync::mpsc;
 
 use super::control::Control;
+use super::logs::log_end;
 use super::network;
 use super::paused;
 use super::processes::{ProcessError, ended, has_ended};
@@ -35,6 +37,9 @@ const QMP_DEADLINE: Duration = Duration::from_secs(10);
 const STEADY: Duration = Duration::from_secs(60);
 /// How long the agent may take to say what it is.
 const INFO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Lines of the guest's console in which PID 1 would have said so lately.
+const CONSOLE_LINES: usize = 8;
 
 /// Growing pauses between attempts.
 pub struct Pause {
@@ -193,14 +198,23 @@ pub async fn keep_control(vm: Arc<Vm>) {
                 tracing::debug!(error, "the agent does not answer");
                 // A guest that boots is no problem yet; the start has a deadline of its own.
                 if before || vm.ledger.record().phase != super::record::Phase::Starting {
-                    let hint = "`dhow logs console` may say why";
-                    let problem = format!("the guest's agent does not answer ({hint}): {error}");
+                    let problem = format!("the guest's agent does not answer ({}): {error}", silence(&vm));
                     vm.state.problem(TOPIC, Some(problem));
                     paused::look(&vm).await;
                 }
                 pause.wait().await;
             }
         }
+    }
+}
+
+/// Why the agent may be silent, as far as the end of the guest's console tells.
+fn silence(vm: &Vm) -> &'static str {
+    let console = log_end(&vm.paths.log_dir().join("console.log"), CONSOLE_LINES);
+    if console.contains(WORKER_GAVE_UP) {
+        "its worker has ended too often, and is started again within 30 s; `dhow logs agent` then says why"
+    } else {
+        "`dhow logs console` may say why"
     }
 }
 

@@ -66,7 +66,7 @@ pub fn unix_nanos() -> u64 {
 pub fn start(tasks: &mut JoinSet<()>, vm: &Arc<Vm>) {
     tasks.spawn(tell_time(Arc::clone(vm)));
     tasks.spawn(names::serve(vm.guest.opener.clone()));
-    tasks.spawn(names::tell_search(vm.guest.clone()));
+    tasks.spawn(names::tell_search_list(vm.guest.clone()));
     let passages = vm.ledger.record().passages;
     let mut policy = Policy::for_this_process(passages.rules);
     // The host's own servers are there: the guest must not take their place while one is restarted.

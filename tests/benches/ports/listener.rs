@@ -40,7 +40,17 @@ pub fn until_exchanged(port: u16, said: &[u8], length: usize) {
     }
 }
 
-fn milliseconds(since: Instant) -> f64 {
+/// Milliseconds until `port` of the host can be bound.
+pub fn until_free(port: u16) -> f64 {
+    let begun = Instant::now();
+    while TcpListener::bind(local(port)).is_err() {
+        assert!(begun.elapsed() < PATIENCE, "port {port} is not free again");
+        std::thread::sleep(PAUSE);
+    }
+    milliseconds(begun)
+}
+
+pub fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
 
@@ -68,12 +78,7 @@ impl Listener {
         until_exchanged(port, b"x", 1);
         let there = milliseconds(begun);
         self.word(&format!("close {port}"));
-        let begun = Instant::now();
-        while TcpListener::bind(local(port)).is_err() {
-            assert!(begun.elapsed() < PATIENCE, "port {port} is not free again");
-            std::thread::sleep(PAUSE);
-        }
-        (there, milliseconds(begun))
+        (there, until_free(port))
     }
 
     /// Listens on many ports.

@@ -49,7 +49,7 @@ bench-transport: setup build image guest-tool
 	$(timed) "what the bench needs" setup/bench-tools.sh
 	$(timed) "transport bench" cargo bench --quiet --package dhow-tests --bench transport
 
-# How soon a port is there and free again, and connections a second: a table, in some ten minutes.
+# How soon a port is there and free again, and connections a second: a table, in half an hour.
 bench-ports: setup build image guest-tool
 	$(timed) "what the bench needs" setup/bench-tools.sh
 	$(timed) "ports bench" cargo bench --quiet --package dhow-tests --bench ports

@@ -82,7 +82,12 @@ fn a_flood_of_connections_leaves_room(vm: &Vm) {
         vm.docker(&["version"]).ok();
     };
     let log = vm.data("log/keeper.log");
-    let told = || std::fs::read_to_string(&log).unwrap().matches("connections are refused").count();
+    let told = || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        let about =
+            |line: &&str| line.contains("connections are refused") && line.contains("too many streams");
+        log.lines().filter(about).count()
+    };
     let before = told();
     let held: Vec<TcpStream> = std::thread::scope(|scope| {
         let one = || (0..FLOOD / FLOODERS).filter_map(|_| held_open(flooded)).collect::<Vec<_>>();
@@ -92,7 +97,9 @@ fn a_flood_of_connections_leaves_room(vm: &Vm) {
     });
     assert!((1024..FLOOD - 100).contains(&held.len()), "{} of {FLOOD} are open", held.len());
     others_work();
-    assert_eq!(told() - before, 1, "lines about it");
+    let new = told() - before;
+    // Once a minute: nothing new where it was told just before this case.
+    assert!(new == 1 || new == 0 && before > 0, "{new} lines about it, {before} before");
     drop(held);
     wait_for("room for new ones", SOON, || held_open(flooded).map(drop).ok_or_else(|| "refused".to_owned()));
     check_echo(local(flooded), 3, 100_000);

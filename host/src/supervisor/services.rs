@@ -46,10 +46,11 @@ impl forward::Opener for Opener {
     }
 }
 
-/// Says in the log that connections are refused, once a minute: who floods is not to fill it.
+/// Says in the log that connections are refused, once a minute for each of the two reasons: who floods is not to fill it.
 fn tell_of_flood(header: &StreamHeader, error: &OpenError) {
-    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    static LAST: Mutex<[Option<Instant>; 2]> = Mutex::new([None; 2]);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let last = &mut last[usize::from(matches!(error, OpenError::Left))];
     if last.is_none_or(|last| last.elapsed() >= TELL_AGAIN) {
         *last = Some(Instant::now());
         tracing::warn!(error = crate::errors::chain(error), ?header, "connections are refused");

@@ -217,7 +217,9 @@ fn a_restart_of_dockerd_refuses_nobody(vm: &Vm) {
         assert!(waiting.is_ok() || waited >= LINGER, "{waiting:?} after {waited:?}");
         if let Some(refused) = refused {
             let lingered = refused - killed;
-            assert!(lingered >= LINGER, "refused after {lingered:?} and {probes} who were not");
+            // The kill's own command took a moment to return.
+            let least = LINGER - Duration::from_secs(1);
+            assert!(lingered >= least, "refused after {lingered:?} and {probes} who were not");
         }
     });
     wait_for("the server after dockerd's return", SOON, || first_exchange(port));

@@ -55,6 +55,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert!(watched.get().is_empty());
     }
+
     #[test]
     fn another_file_of_the_same_length_and_time_is_seen() {
         let folder = tempfile::tempdir().unwrap();

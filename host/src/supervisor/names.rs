@@ -14,6 +14,8 @@ use crate::forward::{self, RESOLV_CONF, Watched};
 
 /// How often the host's settings are looked at: a VPN that comes up changes them.
 const LOOK: Duration = Duration::from_secs(2);
+/// Control streams that may end over one list.
+const MAX_LOSSES: u32 = 3;
 /// Characters of the guest's words that a log shows.
 const MAX_ERROR: usize = 500;
 /// How long the guest may take to write a file.
@@ -41,7 +43,7 @@ pub async fn tell_search_list(guest: Guest) {
 async fn tell(guest: Guest, host: Watched<SearchList>, look: Duration) {
     let mut told: Option<Arc<SearchList>> = None;
     let mut before = host.get();
-    let mut failed = false;
+    let (mut failed, mut losses) = (false, 0);
     loop {
         let now = host.get();
         // One that has just changed may be in the middle of being written.
@@ -49,16 +51,18 @@ async fn tell(guest: Guest, host: Watched<SearchList>, look: Duration) {
         if settled && told.as_ref() != Some(&now) {
             guest.answers().await;
             match guest.request(ControlRequest::SetSearch((*now).clone()), DEADLINE).await {
-                Ok(_) => (told, failed) = (Some(now), false),
+                Ok(_) => (told, failed, losses) = (Some(now), false, 0),
                 Err(error) => {
                     if !std::mem::replace(&mut failed, true) {
                         let error = crate::errors::chain(&error);
                         let error: String = error.chars().take(MAX_ERROR).collect();
                         tracing::warn!(error, "the guest does not know the host's search domains");
                     }
-                    // An agent of an older version ends the stream over what it does not know: once is enough.
-                    if matches!(error, RequestError::Lost | RequestError::Send(_)) {
-                        told = Some(now);
+                    // An agent of an older version ends the stream over what it does not know, and must not lose each
+                    // one to it; one that has died at this moment is asked again.
+                    losses += u32::from(matches!(error, RequestError::Lost | RequestError::Send(_)));
+                    if losses == MAX_LOSSES {
+                        (told, losses) = (Some(now), 0);
                     }
                 }
             }
@@ -108,7 +112,7 @@ mod tests {
         assert_eq!(heard(&mut agent, Ok(ControlResponse::Done)).await, ["a.test"]);
         write("b.test");
         assert_eq!(heard(&mut agent, Ok(ControlResponse::Done)).await, ["b.test"]);
-        // A stream that ends over it: on the next one it is not said again, but what is new is.
+        // A stream that ends over it does not end it: on the next one what is new is said.
         drop(agent);
         write("c.test");
         let (ours, mut agent) = UnixStream::pair().unwrap();
